@@ -1,0 +1,172 @@
+"""Typed settings, the only reader of the environment and of the settings file.
+
+default < file (`OMNIRT_CONFIG`, TOML) < environment (`OMNIRT_…`) < argument. Unknown names are refused.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from omnirt_tasks.errors import ConfigurationError
+
+PREFIX = "OMNIRT_"
+CONFIG_VARIABLE = "OMNIRT_CONFIG"
+
+Seconds = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def _default_data_dir() -> Path:
+    return Path.home() / ".local" / "share" / "omnirt"
+
+
+def _default_run_dir() -> Path:
+    return Path(tempfile.gettempdir()) / f"omnirt-{os.getuid()}"
+
+
+class Settings(BaseSettings):
+    """Every setting, with its unit in its name. Each is also an environment variable: OMNIRT_REDIS_URL."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
+
+    # Where things are
+    redis_url: SecretStr = SecretStr("redis://127.0.0.1:6379/0")
+    """Redis or Valkey (redis://, rediss://, unix://): the job store, and the broker unless `broker_url` is set."""
+    broker_url: SecretStr | None = None
+    """The Celery broker and result backend, where the broker is to have a Redis database of its own."""
+    key_prefix: str = "omnirt"
+    """Begins every key and channel in Redis."""
+    data_dir: Path = Field(default_factory=_default_data_dir)
+    """Artifacts and uploads of a local installation; gateways and workers share it."""
+    artifact_url: str | None = None
+    """An fsspec URL for artifacts and uploads (`s3://bucket/path`) in place of `data_dir`."""
+    run_dir: Path = Field(default_factory=_default_run_dir)
+    """Locks and scratch files of this host."""
+    model_folders: dict[str, Path] = Field(default_factory=dict)
+    """Model id → local folder of safetensors weights. As a variable: a JSON object."""
+
+    # The gateway
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    api_keys_file: Path | None = None
+    """One key a line, `name:key`. Without it, the gateway serves loopback only."""
+    allowed_origins: tuple[str, ...] = ()
+    gateway_processes: Count = 1
+    max_body_bytes: Count = 32 * 1024 * 1024
+    max_upload_bytes: Count = 64 * 1024 * 1024
+    max_image_pixels: Count = 4096 * 4096
+    max_streams: Count = 2_000
+    max_streams_per_key: Count = 200
+    queue_limit: Count = 10_000
+    """The most jobs that may wait in one queue; beyond it a submit is refused (queue_full)."""
+    sync_timeout_s: Seconds = 600
+    sse_keepalive_s: Seconds = 15
+    allow_stub: bool = False
+    """Whether jobs may name the backend cpu-stub over HTTP."""
+    disabled_tiers: tuple[str, ...] = ()
+
+    # A job's life
+    job_ttl_s: Seconds = 7 * 24 * 3600
+    """How long a finished job, its events and its artifacts are kept."""
+    upload_ttl_s: Seconds = 24 * 3600
+    job_timeout_s: Seconds = 3600
+    """The longest one attempt may run."""
+    lease_ttl_s: Seconds = 6
+    reconcile_every_s: Seconds = 1.5
+    unclaimed_after_s: Seconds = 5
+
+    # The worker
+    worker_name: str | None = None
+    """The Celery node name's first part; the backend and device by default."""
+    tags: tuple[str, ...] = ()
+    """Routing tags of this worker. As a variable: a JSON list."""
+    device: str | None = None
+    """The device to take ("cuda:1"); by default the first free one."""
+    concurrency: Count = 8
+    """The most jobs a worker holds at once."""
+    cpu_devices: Count = 1
+    """How many workers the CPU of this host may serve."""
+    torch_threads: Count | None = None
+    pipeline_cache_size: Count = 2
+    preview_every_steps: Annotated[int, Field(ge=0)] = 5
+    heartbeat_s: Seconds = 2
+    grace_s: Seconds = 30
+    """How long a leaving worker lets its jobs finish before it gives them back."""
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """Where a worker serves its Prometheus metrics; none by default."""
+
+    # The client
+    url: str | None = None
+    """The gateway that the `omnirt` command speaks to; None runs `omnirt generate` in this process."""
+    api_key: SecretStr | None = None
+    """The key that the client and the command send."""
+
+    # What is told
+    log_level: str = "INFO"
+    log_json: bool = False
+    otlp_endpoint: str | None = None
+    """Where traces are sent (OTLP over HTTP); none by default."""
+
+    @field_validator("tags")
+    @classmethod
+    def _few_tags(cls, tags: tuple[str, ...]) -> tuple[str, ...]:
+        if len(tags) > 4:
+            raise ValueError(f"{len(tags)} tags; a worker has at most 4, since it serves a queue for each set of them")
+        return tuple(sorted(set(tags)))
+
+    @model_validator(mode="after")
+    def _loopback_without_keys(self) -> Self:
+        if self.api_keys_file is None and self.host not in {"127.0.0.1", "localhost", "::1"}:
+            raise ValueError(
+                f"host {self.host!r} is not loopback and there are no API keys; set OMNIRT_API_KEYS_FILE or host 127.0.0.1"
+            )
+        return self
+
+    @property
+    def celery_url(self) -> str:
+        """The broker's URL, with its secret."""
+        return (self.broker_url or self.redis_url).get_secret_value()
+
+    @property
+    def storage_url(self) -> str:
+        """The fsspec URL below which artifacts and uploads live."""
+        return self.artifact_url or self.data_dir.expanduser().absolute().as_uri()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Argument, then environment, then file."""
+        sources: tuple[PydanticBaseSettingsSource, ...] = (init_settings, env_settings)
+        if path := os.environ.get(CONFIG_VARIABLE):
+            sources += (TomlConfigSettingsSource(settings_cls, Path(path)),)
+        return sources
+
+
+def load_settings(**overrides: object) -> Settings:
+    """The settings of this process; `overrides` win.
+
+    Raises ConfigurationError for an unknown or wrong setting, naming each variable and what is wrong with it.
+    """
+    known = {PREFIX + name.upper() for name in Settings.model_fields} | {CONFIG_VARIABLE}
+    unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+    if unknown:
+        raise ConfigurationError(f"Unknown settings in the environment: {', '.join(unknown)}.", "Unset or rename them.")
+    if (path := os.environ.get(CONFIG_VARIABLE)) and not Path(path).is_file():
+        raise ConfigurationError(f"{CONFIG_VARIABLE} names {path!r}, which is no file.", "Unset it, or name a TOML file.")
+    try:
+        return Settings(**overrides)  # type: ignore[arg-type]  # pydantic checks every value
+    except ValidationError as error:
+        told = "; ".join(
+            f"{PREFIX}{'.'.join(str(part) for part in problem['loc']).upper()}: {problem['msg']}" for problem in error.errors()
+        )
+        raise ConfigurationError(f"Wrong settings: {told}.", "See config/omnirt.toml for each setting.") from None
