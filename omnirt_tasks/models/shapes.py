@@ -1,0 +1,54 @@
+"""`shapes`: the demonstration model that this project trains and ships; it draws a coloured shape on a background."""
+
+from pathlib import Path
+from typing import Any
+
+from omnirt_tasks.contract import ArtifactKind, Backend, ExecutionMode, Task
+from omnirt_tasks.registry import options
+from omnirt_tasks.registry.loading import load_diffusers
+from omnirt_tasks.registry.spec import LoadRequest, ModelSpec, TaskSpec
+
+SIZE_PX = 64
+
+
+def load(spec: ModelSpec, task: Task, request: LoadRequest) -> Any:
+    """The SDXL pipeline of the shipped weights. Raises OSError when the folder is not whole."""
+    return load_diffusers("StableDiffusionXLPipeline", request)
+
+
+SPECS = (
+    ModelSpec(
+        id="shapes",
+        family="shapes",
+        queue="shapes",
+        summary="Draws 'a large red circle on a blue background', 64x64. A demonstration: eight shapes, ten colours.",
+        tasks={
+            Task.TEXT2IMAGE: TaskSpec(
+                required_inputs=("prompt",),
+                optional_inputs=("negative_prompt",),
+                options=options.by_name(
+                    (
+                        options.preset(),
+                        options.seed(),
+                        options.steps(20),
+                        options.guidance(),
+                        options.pictures(),
+                        # It was trained on this one size; the field is there so that a client may state it.
+                        options.size("width", SIZE_PX, minimum_px=SIZE_PX, maximum_px=SIZE_PX),
+                        options.size("height", SIZE_PX, minimum_px=SIZE_PX, maximum_px=SIZE_PX),
+                        options.scheduler("native", ("native", "euler-discrete", "ddim", "dpm-solver", "euler-ancestral")),
+                        options.dtype("fp32"),
+                    )
+                ),
+                artifact_kind=ArtifactKind.IMAGE,
+            )
+        },
+        # On the CPU it takes well under a second, so that is where a job goes when nobody serves it yet.
+        backends=(Backend.CPU, Backend.CUDA),
+        execution_mode=ExecutionMode.LEGACY_CALL,
+        tier="core",
+        status="stable",
+        weights=Path(__file__).parent / "weights" / "shapes",
+        loader=load,
+    ),
+)
