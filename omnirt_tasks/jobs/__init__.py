@@ -1,0 +1,1 @@
+"""The job record and everything that may happen to it."""

@@ -1,0 +1,264 @@
+"""What a job store promises; `memory` and `redis` keep it, and one test body runs against both.
+
+    create ─► claim ─► append… ─► commit            the straight way
+                │ ▲       │
+                │ └─ give_back / reconcile           an attempt is over, the job is not
+      cancel ───┴─► (queued: at once; running: a flag that the holder sees)
+
+Every change of state goes through one atomic step that checks the state it starts from, writes the record and
+appends the event that tells of it. An attempt is known by its `Lease`: whoever holds an older one changes nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from omnirt_tasks.contract import (
+    CancelOutcome,
+    ErrorInfo,
+    Event,
+    EventName,
+    GenerateResult,
+    JobRecord,
+    JobState,
+    ResolvedRequest,
+    Task,
+)
+from omnirt_tasks.contract.base import JsonObject
+
+
+@dataclass(frozen=True)
+class NewJob:
+    """A job as it is accepted; `queue` is the full queue name, `owner` the id of the key that sent it ("" without keys).
+
+    `request` is the one the caller wrote, with data URLs already replaced by upload references.
+    """
+
+    id: str
+    owner: str
+    queue: str
+    request: JsonObject
+    resolved: ResolvedRequest
+    trace_id: str | None = None
+    traceparent: str | None = None
+
+
+@dataclass(frozen=True)
+class StoredJob:
+    """A job with what only the project itself may see: owner, queue, resolved request, holder of the lease."""
+
+    record: JobRecord
+    owner: str
+    queue: str
+    resolved: ResolvedRequest
+    traceparent: str | None = None
+    lease_expires_at_ms: int | None = None
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to work on a job as its `attempt`; `token` is known to the holder alone."""
+
+    job_id: str
+    attempt: int
+    token: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim that was won: the lease, and the job as it stood after it."""
+
+    lease: Lease
+    job: StoredJob
+
+
+@dataclass(frozen=True)
+class Renewal:
+    """What became of a lease: `held` is false when the attempt is no longer the job's; stop, and publish nothing."""
+
+    held: bool
+    cancel_requested: bool = False
+
+
+@dataclass(frozen=True)
+class EventDraft:
+    """An event without its number and time, which the store gives it.
+
+    `step` and `total` are set with `stage_progress` events, so that the record's progress follows the log.
+    """
+
+    event: EventName
+    stage: str
+    data: JsonObject = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Succeeded:
+    """The outcome of an attempt that made its result."""
+
+    result: GenerateResult
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The outcome of an attempt that did not; the job is failed for good."""
+
+    error: ErrorInfo
+
+
+@dataclass(frozen=True)
+class Cancelled:
+    """The outcome of an attempt that was cancelled on the caller's wish."""
+
+
+Outcome = Succeeded | Failed | Cancelled
+
+
+@dataclass(frozen=True)
+class JobQuery:
+    """Which jobs to list: newest first, at most `limit` (1 to 100), after `cursor` (from an earlier page)."""
+
+    owner: str
+    limit: int = 20
+    cursor: str | None = None
+    state: JobState | None = None
+    model: str | None = None
+    task: Task | None = None
+
+
+@dataclass(frozen=True)
+class JobPage:
+    """A page of jobs; `next_cursor` is None on the last one."""
+
+    jobs: Sequence[StoredJob]
+    next_cursor: str | None
+
+
+@dataclass(frozen=True)
+class Reconciled:
+    """What one round of reconciling found: jobs to send (again), as (job id, queue)."""
+
+    resend: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(frozen=True)
+class QueueDepth:
+    """How many jobs of a queue wait, and how many run."""
+
+    waiting: int
+    running: int
+
+
+class JobStore(Protocol):
+    """The truth about every job. Safe to share between threads.
+
+    Every method raises StoreUnavailable when the store cannot be reached, and JobNotFound for an unknown id
+    where it takes one (except `reconcile` and `claim`).
+    """
+
+    def create(self, job: NewJob, *, queue_limit: int | None = None) -> StoredJob:
+        """Write a new job in state queued, with its `job_enqueued` event. Durable when it returns.
+
+        Raises QueueFull when the queue already holds `queue_limit` waiting jobs.
+        """
+        ...
+
+    def get(self, job_id: str) -> StoredJob:
+        """The job as it stands."""
+        ...
+
+    def page(self, query: JobQuery) -> JobPage:
+        """The owner's jobs, newest first."""
+        ...
+
+    def claim(self, job_id: str, *, worker_id: str, lease_ttl_ms: int) -> Claim | None:
+        """Begin the next attempt; None if the job is unknown, over, or held by a live lease (drop the message).
+
+        Appends `job_started` {attempt, worker_id}. A queued job whose cancel was asked for is never claimed.
+        """
+        ...
+
+    def renew(self, lease: Lease, *, lease_ttl_ms: int) -> Renewal:
+        """Hold the lease for another `lease_ttl_ms` from now, by the store's clock."""
+        ...
+
+    def append(self, lease: Lease, drafts: Sequence[EventDraft]) -> bool:
+        """Append events of the current attempt, in order; false (and nothing written) when the lease is lost.
+
+        A `stage_start` moves the record's phase, a `stage_progress` its progress.
+        """
+        ...
+
+    def commit(self, lease: Lease, outcome: Outcome) -> bool:
+        """End the job, once: false (and nothing written) when the lease is lost or the job is over.
+
+        Appends the terminal event. Success after a cancel was asked for is success: the work was done.
+        """
+        ...
+
+    def give_back(self, lease: Lease, *, reason: str) -> bool:
+        """Put a running job back to queued, with `job_requeued` {attempt, reason}; false when the lease is lost.
+
+        If its cancel was asked for, the job becomes cancelled instead. The caller sends the message again.
+        """
+        ...
+
+    def cancel(self, job_id: str) -> CancelOutcome:
+        """Cancel at once if queued; ask the holder to if running; change nothing if over. Idempotent."""
+        ...
+
+    def purge(self, job_id: str) -> None:
+        """Remove record, events and index entries. The files are the caller's to remove, first."""
+        ...
+
+    def reconcile(self, *, unclaimed_after_ms: int = 5_000) -> Reconciled:
+        """Requeue what runs under an expired lease, and name what must be sent again.
+
+        A job that is queued for `unclaimed_after_ms` and was not sent again within that time is named once per
+        such period, unless its message still waits in the broker (the caller tells by `waiting_in_broker`).
+        """
+        ...
+
+    def expired(self, limit: int = 100) -> Sequence[StoredJob]:
+        """Jobs whose `expires_at_ms` has passed, for the sweeper to purge."""
+        ...
+
+    def events(self, job_id: str, *, after: int = 0) -> Sequence[Event]:
+        """The logged events with seq > `after`, in order (the newest 1,000 are kept)."""
+        ...
+
+    def depth(self, queue: str) -> QueueDepth:
+        """How many jobs of the queue wait and run."""
+        ...
+
+    def position(self, job_id: str) -> int | None:
+        """The place of a queued job among its queue's waiting jobs, from 1; None when it does not wait."""
+        ...
+
+    def queues(self) -> Sequence[str]:
+        """Every queue that holds a job, waiting or running."""
+        ...
+
+    def ping(self) -> None:
+        """Do nothing, if the store can be reached."""
+        ...
+
+
+class EventFeed(Protocol):
+    """Live events, for watchers of one job."""
+
+    def subscribe(self, job_id: str) -> "Subscription":
+        """Start to receive the job's events; returns once nothing published from now on can be missed."""
+        ...
+
+
+class Subscription(Protocol):
+    """One watcher's bounded queue. Not shared between threads."""
+
+    def next(self, timeout_s: float) -> Event | None:
+        """The next live event, or None after `timeout_s`. Progress may be dropped for a slow watcher, the end never."""
+        ...
+
+    def close(self) -> None:
+        """Stop receiving. Idempotent."""
+        ...

@@ -1,0 +1,195 @@
+"""Pictures and sounds that callers send, kept for a while on any fsspec storage.
+
+    {root}/uploads/{id}.bin    the bytes
+    {root}/uploads/{id}.json   whose they are, what they are, until when
+
+What a file is, is told from its bytes, never from what the caller says of it. A picture is decoded once here, within
+its limits, so that a broken one is refused before anything is queued.
+"""
+
+import hashlib
+import json
+import secrets
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image
+
+from omnirt_tasks.errors import TooLarge, UnsupportedMediaType, UploadNotFound, ValidationFailed
+from omnirt_tasks.storage import SAFE_NAME, open_filesystem, storage_errors
+
+CHUNK_BYTES = 1024 * 1024
+MEMORY_BYTES = 8 * 1024 * 1024  # a larger upload waits in a temporary file
+PICTURE_FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A stored upload; `owner` is the id of the key that sent it."""
+
+    id: str
+    owner: str
+    mime: str
+    size_bytes: int
+    sha256: str
+    expires_at_ms: int
+
+
+def unix_ms() -> int:
+    """The time now, in Unix milliseconds."""
+    return time.time_ns() // 1_000_000
+
+
+class UploadStorage:
+    """Uploads below one fsspec URL. Safe to share between threads."""
+
+    def __init__(
+        self, url: str, *, ttl_s: float, max_bytes: int, max_pixels: int, clock_ms: Callable[[], int] = unix_ms
+    ) -> None:
+        self._fs, root = open_filesystem(url)
+        self._folder = f"{root}/uploads"
+        self._ttl_ms = round(ttl_s * 1000)
+        self._max_bytes = max_bytes
+        self._max_pixels = max_pixels
+        self._clock_ms = clock_ms
+
+    def put(self, owner: str, stream: BinaryIO) -> Upload:
+        """Keep what the stream holds.
+
+        Raises TooLarge past the byte limit, UnsupportedMediaType for what is neither a picture (PNG, JPEG, WEBP) nor
+        audio (WAV, FLAC, OGG, MP3), ValidationFailed for a picture that is broken or has too many pixels,
+        StorageError when it cannot be written.
+        """
+        with tempfile.SpooledTemporaryFile(max_size=MEMORY_BYTES) as copy:
+            digest, size_bytes = hashlib.sha256(), 0
+            while chunk := stream.read(CHUNK_BYTES):
+                size_bytes += len(chunk)
+                if size_bytes > self._max_bytes:
+                    raise TooLarge(f"The upload is larger than {self._max_bytes} bytes.", "Send a smaller file.")
+                digest.update(chunk)
+                copy.write(chunk)
+            mime = self.inspect(copy)
+            upload = Upload(
+                id=secrets.token_hex(16),
+                owner=owner,
+                mime=mime,
+                size_bytes=size_bytes,
+                sha256=digest.hexdigest(),
+                expires_at_ms=self._clock_ms() + self._ttl_ms,
+            )
+            copy.seek(0)
+            with storage_errors("The upload could not be stored"):
+                self._fs.makedirs(self._folder, exist_ok=True)
+                with self._fs.open(self._bytes_of(upload.id), "wb") as target:
+                    while chunk := copy.read(CHUNK_BYTES):
+                        target.write(chunk)
+                # Written last: an upload is there when its facts are.
+                self._fs.pipe_file(self._facts_of(upload.id), json.dumps(asdict(upload)).encode())
+        return upload
+
+    def find(self, owner: str, upload_id: str) -> Upload:
+        """The owner's upload. Raises UploadNotFound when there is none, it is another's, or its time is over."""
+        upload = self._read(upload_id)
+        if upload is None or upload.owner != owner or upload.expires_at_ms <= self._clock_ms():
+            raise _missing(upload_id)
+        return upload
+
+    def fetch(self, upload_id: str, target: Path) -> None:
+        """Copy the bytes to a local file. Raises UploadNotFound."""
+        path = self._bytes_of(upload_id)
+        with storage_errors("The upload could not be read"):
+            try:
+                self._fs.get_file(path, str(target))
+            except FileNotFoundError:
+                raise _missing(upload_id) from None
+
+    def sweep(self) -> int:
+        """Remove the uploads whose time is over, and tell how many they were."""
+        removed = 0
+        with storage_errors("Expired uploads could not be removed"):
+            for path in self._fs.glob(f"{self._folder}/*.json"):
+                upload = self._read(Path(path).stem)
+                if upload is not None and upload.expires_at_ms <= self._clock_ms():
+                    # The facts go first, so that nobody finds an upload without its bytes.
+                    for part in (self._facts_of(upload.id), self._bytes_of(upload.id)):
+                        if self._fs.exists(part):
+                            self._fs.rm_file(part)
+                    removed += 1
+        return removed
+
+    def inspect(self, stream: BinaryIO) -> str:
+        """The MIME type of what the stream holds, writing nothing. Raises like `put`."""
+        mime = self._picture(stream)
+        if mime is None:
+            stream.seek(0)
+            mime = _audio_mime(stream.read(16))
+        if mime is None:
+            raise UnsupportedMediaType(
+                "The upload is neither a picture nor audio.", "Send PNG, JPEG or WEBP, or WAV, FLAC, OGG or MP3."
+            )
+        return mime
+
+    def _picture(self, stream: BinaryIO) -> str | None:
+        stream.seek(0)
+        try:
+            picture = Image.open(stream, formats=tuple(PICTURE_FORMATS))
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            raise self._bomb("more pixels than any picture may have") from None
+        except (OSError, SyntaxError, ValueError):
+            return None
+        with picture:
+            if picture.width * picture.height > self._max_pixels:
+                raise self._bomb(f"{picture.width}x{picture.height} pixels")
+            try:
+                picture.load()
+            except Exception as error:  # decoders raise whatever they like at hostile bytes
+                raise ValidationFailed(
+                    f"The picture is broken ({type(error).__name__}).", "Save it again and resend it."
+                ) from error
+            return PICTURE_FORMATS[str(picture.format)]
+
+    def _bomb(self, what: str) -> ValidationFailed:
+        return ValidationFailed(
+            f"The picture has {what}; at most {self._max_pixels} are accepted.", "Scale it down and resend it."
+        )
+
+    def _read(self, upload_id: str) -> Upload | None:
+        with storage_errors("The upload could not be read"):
+            try:
+                return Upload(**json.loads(self._fs.cat_file(self._facts_of(upload_id))))
+            except FileNotFoundError:
+                return None
+
+    def _bytes_of(self, upload_id: str) -> str:
+        return f"{self._folder}/{_checked(upload_id)}.bin"
+
+    def _facts_of(self, upload_id: str) -> str:
+        return f"{self._folder}/{_checked(upload_id)}.json"
+
+
+def _audio_mime(head: bytes) -> str | None:
+    if head[:4] == b"RIFF" and head[8:12] == b"WAVE":
+        return "audio/wav"
+    if head[:4] == b"fLaC":
+        return "audio/flac"
+    if head[:4] == b"OggS":
+        return "audio/ogg"
+    # An ID3 tag, or the eleven set bits that begin a frame and a layer that is not reserved.
+    if head[:3] == b"ID3" or (len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0 and head[1] & 0x06):
+        return "audio/mpeg"
+    return None
+
+
+def _checked(upload_id: str) -> str:
+    if not SAFE_NAME.fullmatch(upload_id):
+        raise _missing(upload_id)
+    return upload_id
+
+
+def _missing(upload_id: str) -> UploadNotFound:
+    shown = upload_id if len(upload_id) <= 80 else upload_id[:77] + "..."
+    return UploadNotFound(f"There is no upload {shown!r}, or its time is over.", "POST /v1/uploads gives a new one.")

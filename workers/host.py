@@ -1,0 +1,161 @@
+"""DeviceHost: how the Celery process, or OmniEngine, speaks to what owns a device.
+
+    submit(order) ─► events… ─► Future[RunOutcome]
+    interrupt(job) lands at the job's next device call; capability and health answer at any time
+
+Placement `thread` lives in the caller's process (`workers.thread_host`). Whatever the placement, a host knows
+nothing of Celery, Redis or HTTP: it gets an order, tells what happens, and leaves files in the order's folder.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+from omnirt_tasks.contract import ArtifactKind, ErrorInfo, EventName, ExecutionMode, ResolvedRequest
+from omnirt_tasks.contract.base import JsonObject
+
+
+@dataclass(frozen=True)
+class RunOrder:
+    """One attempt of one job, ready to run.
+
+    Outputs are written into `output_dir` (exists, empty, the attempt's own). `files` maps an input ("image", "mask",
+    "audio") to its local file. A preview is made every `preview_every_steps` steps; 0 is never.
+    """
+
+    job_id: str
+    attempt: int
+    request: ResolvedRequest
+    output_dir: Path
+    files: dict[str, Path] = field(default_factory=dict)
+    preview_every_steps: int = 0
+
+
+@dataclass(frozen=True)
+class HostEvent:
+    """Something that happened in a run, at `at_ms` (Unix milliseconds of the host's clock)."""
+
+    event: EventName
+    stage: str
+    at_ms: int
+    data: JsonObject = field(default_factory=dict)
+
+
+class InterruptReason(StrEnum):
+    """Why a run is to stop at its next device call."""
+
+    CANCEL = "cancel"  # the caller no longer wants it
+    TIMEOUT = "timeout"  # its time limit has passed
+    GIVE_BACK = "give_back"  # the worker is leaving; another attempt will run
+    LEASE_LOST = "lease_lost"  # another attempt holds the job
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A file that a run left in its output folder; sizes in pixels, `seed` the one that gives this output alone."""
+
+    name: str
+    index: int
+    kind: ArtifactKind
+    mime: str
+    width: int | None = None
+    height: int | None = None
+    num_frames: int | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What the device side knows of a run for its report; `timings_ms` by stage, `peak_memory_bytes` when it can be told."""
+
+    execution_mode: ExecutionMode
+    timings_ms: dict[str, float]
+    stages: tuple[tuple[str, int, int], ...]  # (stage, started_at_ms, ended_at_ms), in order
+    device_placement: dict[str, str]
+    cache_hits: tuple[str, ...] = ()
+    peak_memory_bytes: int | None = None
+    batch_size: int = 1
+    batch_group_id: str | None = None
+    latent_stats: JsonObject | None = None
+
+
+@dataclass(frozen=True)
+class RunSucceeded:
+    """The run left its outputs, in order."""
+
+    outputs: tuple[OutputFile, ...]
+    facts: RunFacts
+
+
+@dataclass(frozen=True)
+class RunFailed:
+    """The run ended with an error; the host goes on."""
+
+    error: ErrorInfo
+
+
+@dataclass(frozen=True)
+class RunInterrupted:
+    """The run stopped because it was asked to."""
+
+    reason: InterruptReason
+
+
+RunOutcome = RunSucceeded | RunFailed | RunInterrupted
+
+
+@dataclass(frozen=True)
+class DeviceCapability:
+    """What the device and its models can do; `memory_bytes` is None where it cannot be told."""
+
+    backend: str
+    device: str
+    device_name: str
+    memory_bytes: int | None
+    dtypes: tuple[str, ...]
+    models: tuple[str, ...]
+    loaded: tuple[str, ...]
+    concurrency: int
+
+
+@dataclass(frozen=True)
+class HostHealth:
+    """Whether the host can run jobs; `stuck_for_s` tells how long the device call in hand has lasted (None: idle)."""
+
+    ok: bool
+    detail: str = ""
+    stuck_for_s: float | None = None
+
+
+OnEvent = Callable[[HostEvent], None]
+
+
+class DeviceHost(Protocol):
+    """What owns a device. Safe to share between threads."""
+
+    def submit(self, order: RunOrder, on_event: OnEvent) -> "Future[RunOutcome]":
+        """Start the run in a thread of its own, and return at once.
+
+        `on_event` is called from that thread, in order, and must not block. The future always gets a RunOutcome,
+        never an exception.
+        """
+        ...
+
+    def interrupt(self, job_id: str, reason: InterruptReason) -> bool:
+        """Stop the job's run at its next device call; false if it does not run here. The first reason stays."""
+        ...
+
+    def capability(self) -> DeviceCapability:
+        """What the device and its models can do, as of now."""
+        ...
+
+    def health(self) -> HostHealth:
+        """Whether the host can run jobs, as of now."""
+        ...
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Interrupt what runs (give_back), wait for it at most `timeout_s`, and let go of the device."""
+        ...
