@@ -10,7 +10,7 @@
     ├── JobError             the job ended without a result
     │   └── ModelFailed, NonFiniteOutput, OutOfMemory, JobTimeout, WorkerLost, JobCancelled, Internal
     └── OperatorError        the installation must be mended
-        └── StoreUnavailable, StorageError, ConfigurationError
+        └── StoreUnavailable, StorageError, ConfigurationError, GatewayUnreachable (raised by the client alone)
 
 Each class carries the stable code a client sees, the HTTP status and whether a retry can help, so the gateway and
 the worker translate without a table. A message names the value, the rule and the remedy; it never holds a prompt,
@@ -41,7 +41,10 @@ class OmnirtError(Exception):
         self.retry_after_s: int | None = None
 
     def __str__(self) -> str:
-        return self.message
+        """Message and hint in one, as a log, a terminal or an HTTP answer shows it."""
+        if self.hint is None or self.hint in self.message:
+            return self.message
+        return f"{self.message} {self.hint}"
 
     def info(self) -> ErrorInfo:
         """The error as the data that a job record holds."""
@@ -268,6 +271,14 @@ class StorageError(OperatorError):
     """An artifact or an upload could not be written or read."""
 
     code = "storage_error"
+    http_status = 503
+    retryable = True
+
+
+class GatewayUnreachable(OperatorError):
+    """No gateway answers at the client's URL. No answer over HTTP has this code."""
+
+    code = "gateway_unreachable"
     http_status = 503
     retryable = True
 

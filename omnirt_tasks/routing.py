@@ -81,7 +81,7 @@ def route(
             f"The model {spec.id!r} does not run on the backend {request.backend!r}.",
             f"Use auto or one of {', '.join(spec.backends)}.",
         )
-    real = [backend for backend in spec.backends if backend != Backend.CPU_STUB] or list(spec.backends)
+    real: list[Backend] = [backend for backend in spec.backends if backend is not Backend.CPU_STUB] or [*spec.backends]
     candidates = real if request.backend == AUTO else [Backend(request.backend)]
 
     def seen_at(backend: Backend) -> Route:
@@ -96,7 +96,7 @@ def route(
 
 
 def settle(request: ResolvedRequest, chosen: Route) -> ResolvedRequest:
-    """The request as it will run on the chosen backend; where that cannot do the dtype, the nearest it can, with a warning."""
+    """The request as it will run on the chosen backend, with the nearest dtype that it can do, and a warning of it."""
     config, warnings = request.config, request.warnings
     wished = config.get("dtype")
     instead = _DTYPE_INSTEAD.get((chosen.backend, wished)) if isinstance(wished, str) else None

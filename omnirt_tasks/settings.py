@@ -122,7 +122,8 @@ class Settings(BaseSettings):
     def _loopback_without_keys(self) -> Self:
         if self.api_keys_file is None and self.host not in {"127.0.0.1", "localhost", "::1"}:
             raise ValueError(
-                f"host {self.host!r} is not loopback and there are no API keys; set OMNIRT_API_KEYS_FILE or host 127.0.0.1"
+                f"host {self.host!r} is not loopback and there are no API keys; "
+                "set OMNIRT_API_KEYS_FILE, or host 127.0.0.1"
             )
         return self
 
@@ -162,11 +163,14 @@ def load_settings(**overrides: object) -> Settings:
     if unknown:
         raise ConfigurationError(f"Unknown settings in the environment: {', '.join(unknown)}.", "Unset or rename them.")
     if (path := os.environ.get(CONFIG_VARIABLE)) and not Path(path).is_file():
-        raise ConfigurationError(f"{CONFIG_VARIABLE} names {path!r}, which is no file.", "Unset it, or name a TOML file.")
+        raise ConfigurationError(
+            f"{CONFIG_VARIABLE} names {path!r}, which is no file.", "Unset it, or name a TOML file."
+        )
     try:
         return Settings(**overrides)  # type: ignore[arg-type]  # pydantic checks every value
     except ValidationError as error:
         told = "; ".join(
-            f"{PREFIX}{'.'.join(str(part) for part in problem['loc']).upper()}: {problem['msg']}" for problem in error.errors()
+            f"{PREFIX}{'.'.join(str(part) for part in problem['loc']).upper()}: {problem['msg']}"
+            for problem in error.errors()
         )
         raise ConfigurationError(f"Wrong settings: {told}.", "See config/omnirt.toml for each setting.") from None

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from PIL import Image
 
@@ -121,7 +121,7 @@ class UploadStorage:
                     removed += 1
         return removed
 
-    def inspect(self, stream: BinaryIO) -> str:
+    def inspect(self, stream: IO[bytes]) -> str:
         """The MIME type of what the stream holds, writing nothing. Raises like `put`."""
         mime = self._picture(stream)
         if mime is None:
@@ -133,7 +133,7 @@ class UploadStorage:
             )
         return mime
 
-    def _picture(self, stream: BinaryIO) -> str | None:
+    def _picture(self, stream: IO[bytes]) -> str | None:
         stream.seek(0)
         try:
             picture = Image.open(stream, formats=tuple(PICTURE_FORMATS))

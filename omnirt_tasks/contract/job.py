@@ -37,7 +37,7 @@ class QueueStatus(Answer):
 
 
 class JobRecord(Answer):
-    """A job as clients see it; every key is always present, null where it does not apply. Times are Unix milliseconds."""
+    """A job as clients see it; every key is always present, null where it does not apply. Times are Unix ms."""
 
     id: str
     job_id: str

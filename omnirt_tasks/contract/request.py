@@ -73,7 +73,7 @@ class GenerateRequest(Value):
 
 
 class Inputs(Answer):
-    """The inputs of a resolved request; an image, mask or audio is a stored reference (`upload:ID`, `artifact:JOB/NAME`)."""
+    """The inputs of a resolved request; image, mask and audio are references (`upload:ID`, `artifact:JOB/NAME`)."""
 
     prompt: str | None = None
     negative_prompt: str | None = None

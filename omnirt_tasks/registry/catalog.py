@@ -26,7 +26,7 @@ class Catalog:
             for name in (spec.id, *spec.aliases):
                 if name in by_name:
                     raise ConfigurationError(
-                        f"The model name {name!r} is claimed by the families {by_name[name].family!r} and {spec.family!r}.",
+                        f"The model name {name!r} is claimed by {by_name[name].family!r} and by {spec.family!r}.",
                         "Rename one of them.",
                     )
                 by_name[name] = spec

@@ -38,15 +38,18 @@ def seed() -> Option:
 
 def steps(default: int) -> Option:
     """How many denoising steps."""
-    return Option(
-        "num_inference_steps", OptionKind.INTEGER, default, "Denoising steps.", minimum=1, maximum=STEPS_MAX
-    )
+    return Option("num_inference_steps", OptionKind.INTEGER, default, "Denoising steps.", minimum=1, maximum=STEPS_MAX)
 
 
 def guidance(default: float = 7.5) -> Option:
     """How closely the prompt is followed."""
     return Option(
-        "guidance_scale", OptionKind.NUMBER, default, "How closely the prompt is followed.", minimum=0, maximum=GUIDANCE_MAX
+        "guidance_scale",
+        OptionKind.NUMBER,
+        default,
+        "How closely the prompt is followed.",
+        minimum=0,
+        maximum=GUIDANCE_MAX,
     )
 
 
@@ -74,7 +77,12 @@ def size(name: str, default_px: int, *, minimum_px: int = SIZE_MIN_PX, maximum_p
 def strength(default: float) -> Option:
     """How far the given picture is changed."""
     return Option(
-        "strength", OptionKind.NUMBER, default, "How far the given picture is changed: 0 not at all, 1 wholly.", minimum=0, maximum=1
+        "strength",
+        OptionKind.NUMBER,
+        default,
+        "How far the given picture is changed: 0 not at all, 1 wholly.",
+        minimum=0,
+        maximum=1,
     )
 
 

@@ -1,0 +1,256 @@
+"""From a GenerateRequest to what will run: the model's spec, the presets, the bounds."""
+
+import difflib
+import math
+import re
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from pydantic import JsonValue
+
+from omnirt_tasks.contract import Backend, GenerateRequest, Inputs, Problem, ResolvedRequest
+from omnirt_tasks.errors import BackendUnsupported, ModelNotFound, ModelTierDisabled, StubDisabled
+from omnirt_tasks.registry import presets
+from omnirt_tasks.registry.catalog import Catalog
+from omnirt_tasks.registry.spec import SEED_MAX, ModelSpec, Option, OptionKind, TaskSpec
+from omnirt_tasks.routing import AUTO
+from omnirt_tasks.validation.findings import Finding, failure, listed, problem, shown, unknown_field
+
+PROMPT_CHARS_MAX = 8_000
+FRAMES_MAX = 1_024
+FPS_MAX = 120
+DRAWN_SEED_MAX = 2**32 - 1  # a drawn seed stays short enough to be typed again
+
+_TEXTS = ("prompt", "negative_prompt", "reference_text")
+_REFERENCES = ("image", "mask", "audio")
+_WHOLE_NUMBERS = {"num_frames": FRAMES_MAX, "fps": FPS_MAX}
+_REFERENCE = re.compile(
+    r"upload:[A-Za-z0-9][A-Za-z0-9-]{0,63}|artifact:[A-Za-z0-9-]{1,64}/[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+)
+DATA_URL = re.compile(r"data:(?P<mime>[a-z]+/[a-z0-9.+-]+);base64,", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Door:
+    """What the door that a request came through allows."""
+
+    allow_stub: bool = True
+    disabled_tiers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What came of a request: the resolved one (`spec` is its model's), or findings and no request."""
+
+    request: ResolvedRequest | None
+    spec: ModelSpec | None
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """Every problem, in the order of the request's fields."""
+        return tuple(finding.problem for finding in self.findings)
+
+    def unwrap(self) -> tuple[ResolvedRequest, ModelSpec]:
+        """The resolved request and its spec. Raises the error that the findings come to."""
+        if self.request is not None and self.spec is not None and not self.findings:
+            return self.request, self.spec
+        raise failure(self.findings)
+
+
+def resolve(request: GenerateRequest, catalog: Catalog, *, door: Door) -> Resolution:
+    """Check a request against its model's spec and fill in every option.
+
+    The config is the model's defaults, then the presets' (base, task, model), then what the request says. A null
+    seed is drawn here, so that the report can name it.
+    """
+    try:
+        spec = catalog.find(request.model)
+    except ModelNotFound as error:
+        return Resolution(None, None, (Finding(problem("model", "known", error.message), error),))
+    findings = list(_check_place(request, spec, door))
+    task = spec.tasks.get(request.task)
+    if task is None:
+        does = ", ".join(spec.tasks)
+        findings.append(Finding(problem("task", "choice", f"{spec.id} does not do {request.task}; it does {does}.")))
+        return Resolution(None, spec, tuple(findings))
+    findings += [Finding(problem) for problem in _check_inputs(request.inputs, task)]
+    config, problems = _resolve_config(request, task)
+    findings += [Finding(problem) for problem in problems]
+    if findings:
+        return Resolution(None, spec, tuple(findings))
+    resolved = ResolvedRequest(
+        task=request.task,
+        model=spec.id,
+        backend=request.backend,
+        inputs=Inputs.model_validate({name: value for name, value in request.inputs.items() if value is not None}),
+        config=config,
+        priority=request.priority,
+        tags=tuple(sorted(set(request.tags))),
+        metadata=request.metadata,
+    )
+    return Resolution(resolved, spec)
+
+
+def _check_place(request: GenerateRequest, spec: ModelSpec, door: Door) -> Iterable[Finding]:
+    if spec.tier in door.disabled_tiers:
+        tier = ModelTierDisabled(
+            f"Models of the tier {spec.tier} are switched off here, {spec.id} among them.",
+            "Ask the operator, or use another model.",
+        )
+        yield Finding(problem("model", "tier", tier.message), tier)
+    stub_only = set(spec.backends) == {Backend.CPU_STUB}
+    if not door.allow_stub and (request.backend == Backend.CPU_STUB or stub_only):
+        closed = StubDisabled(
+            "The backend cpu-stub is closed here.",
+            "Use another model; the operator opens it with OMNIRT_ALLOW_STUB=true.",
+        )
+        yield Finding(problem("backend", "allowed", closed.message), closed)
+    if request.backend != AUTO and request.backend not in spec.backends:
+        unsupported = BackendUnsupported(
+            f"{spec.id} does not run on the backend {request.backend}.",
+            f"Use auto or one of {', '.join(spec.backends)}.",
+        )
+        yield Finding(problem("backend", "supported", f"{unsupported.message} {unsupported.hint}"), unsupported)
+
+
+def _check_inputs(inputs: Mapping[str, object], task: TaskSpec) -> Iterable[Problem]:
+    allowed = (*task.required_inputs, *task.optional_inputs)
+    for name in task.required_inputs:
+        if inputs.get(name) is None:
+            yield problem(
+                f"inputs.{name}", "required", f"It is missing; this task needs {listed(task.required_inputs)}."
+            )
+    for name, value in inputs.items():
+        if name not in allowed:
+            yield unknown_field("inputs", name, allowed)
+        elif value is not None and (told := _input_problem(name, value, name in task.required_inputs)):
+            yield problem(f"inputs.{name}", *told)
+
+
+def _input_problem(name: str, value: object, required: bool) -> tuple[str, str] | None:
+    if name in _TEXTS:
+        return _text_problem(value, required)
+    if name in _REFERENCES:
+        return _reference_problem(value)
+    most = _WHOLE_NUMBERS[name]
+    return _number_problem(Option(name, OptionKind.INTEGER, None, "", minimum=1, maximum=most), value)
+
+
+def _text_problem(value: object, required: bool) -> tuple[str, str] | None:
+    if isinstance(value, list):
+        return "type", "A list of texts is not accepted; send one text, and a job for each."
+    if not isinstance(value, str):
+        return "type", f"{shown(value)} is no text; send a string."
+    if len(value) > PROMPT_CHARS_MAX:
+        return "max_length", f"It has {len(value)} characters; at most {PROMPT_CHARS_MAX} are accepted."
+    if required and not value.strip():
+        return "min_length", "It is empty; say what is wanted."
+    return None
+
+
+def _reference_problem(value: object) -> tuple[str, str] | None:
+    forms = "send a data URL, upload:ID or artifact:JOB/NAME"
+    if not isinstance(value, str):
+        return "type", f"{shown(value)} is no reference; {forms}."
+    if DATA_URL.match(value) or _REFERENCE.fullmatch(value):
+        return None
+    if re.match(r"\s*[a-z][a-z0-9+.-]*://", value, re.IGNORECASE):
+        return "remote_url", f"Remote addresses are not fetched; {forms}."
+    return "reference", f"It names nothing that this server keeps; {forms}."
+
+
+def _resolve_config(request: GenerateRequest, task: TaskSpec) -> tuple[dict[str, JsonValue], list[Problem]]:
+    problems: list[Problem] = []
+    explicit: dict[str, JsonValue] = {}
+    for name, value in request.config.items():
+        option = task.options.get(name)
+        if option is None:
+            problems.append(unknown_field("config", name, tuple(task.options)))
+        elif told := _option_problem(option, value):
+            problems.append(problem(f"config.{name}", *told))
+        else:
+            explicit[name] = _plain(option, value)
+    preset = explicit.get("preset", presets.DEFAULT_PRESET)
+    layers: list[Mapping[str, JsonValue]] = [
+        {name: option.default for name, option in task.options.items()},
+        presets.BASE.get(str(preset), {}),
+        presets.BY_TASK.get(request.task, {}).get(str(preset), {}),
+        task.presets.get(str(preset), {}),
+        explicit,
+    ]
+    config = {name: value for layer in layers for name, value in layer.items() if name in task.options}
+    if not problems and "seed" in config:
+        problems += _settle_seed(config)
+    return config, problems
+
+
+def _settle_seed(config: dict[str, JsonValue]) -> Iterable[Problem]:
+    seed, count = config["seed"], config.get("num_images_per_prompt", 1)
+    if seed is None:
+        config["seed"] = secrets.randbelow(DRAWN_SEED_MAX + 1)
+    elif isinstance(seed, int) and isinstance(count, int) and seed > SEED_MAX - count + 1:
+        yield problem(
+            "config.seed",
+            "maximum",
+            f"{seed} leaves no seed for the last of {count} pictures; use at most {SEED_MAX - count + 1}.",
+        )
+
+
+def _option_problem(option: Option, value: object) -> tuple[str, str] | None:
+    if value is None:
+        if option.nullable:
+            return None
+        return "type", "null is not accepted; leave it out for its default."
+    if option.kind in {OptionKind.INTEGER, OptionKind.NUMBER}:
+        return _number_problem(option, value)
+    if option.kind is OptionKind.BOOLEAN:
+        return None if isinstance(value, bool) else ("type", f"{shown(value)} is neither true nor false.")
+    if not isinstance(value, str):
+        return "type", f"{shown(value)} is no text; send a string."
+    if option.choices is not None and value not in option.choices:
+        nearest = difflib.get_close_matches(value, option.choices, n=1)
+        meant = f" Did you mean {nearest[0]}?" if nearest else ""
+        return "choice", f"{shown(value)} is not one of {', '.join(option.choices)}.{meant}"
+    return None
+
+
+def _number_problem(option: Option, value: object) -> tuple[str, str] | None:
+    whole = option.kind is OptionKind.INTEGER
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "type", f"{shown(value)} is no number; send {'a whole number' if whole else 'a number'}."
+    bounds = _bounds(option)
+    if isinstance(value, float) and not math.isfinite(value):
+        return "finite", f"{value} is out of bounds; use {bounds}."
+    if whole and not isinstance(value, int):
+        return "type", f"{value} is no whole number; use {bounds}."
+    if option.minimum is not None and value < option.minimum:
+        random = "; null draws a random one" if option.name == "seed" else ""
+        return "minimum", f"{shown(value)} is below {option.minimum}; use {bounds}{random}."
+    if option.maximum is not None and value > option.maximum:
+        return "maximum", f"{shown(value)} is above {option.maximum}; use {bounds}."
+    if option.multiple_of is not None and value % option.multiple_of:
+        lower = int(value) // option.multiple_of * option.multiple_of
+        near = [
+            size
+            for size in (lower, lower + option.multiple_of)
+            if (option.minimum is None or size >= option.minimum) and (option.maximum is None or size <= option.maximum)
+        ]
+        return "multiple_of", f"{value} is not a multiple of {option.multiple_of}; use {' or '.join(map(str, near))}."
+    return None
+
+
+def _bounds(option: Option) -> str:
+    if option.minimum is not None and option.maximum is not None:
+        if option.minimum == option.maximum:
+            return f"{option.minimum}"
+        return f"{option.minimum} to {option.maximum}"
+    return f"at least {option.minimum}" if option.minimum is not None else "a finite number"
+
+
+def _plain(option: Option, value: object) -> JsonValue:
+    if option.kind is OptionKind.NUMBER and isinstance(value, int):
+        return float(value)
+    # Checked above against the option's kind, so it is one of these.
+    return value if isinstance(value, str | int | float) else None

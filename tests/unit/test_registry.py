@@ -1,0 +1,49 @@
+"""Models are found, named once, and described by one source."""
+
+import dataclasses
+
+import pytest
+
+from omnirt_tasks.contract import Task
+from omnirt_tasks.errors import ConfigurationError, ModelNotFound
+from omnirt_tasks.registry import Catalog, discover
+
+
+def test_every_family_in_the_folder_is_found() -> None:
+    assert {spec.id for spec in discover()} >= {"shapes", "stub", "sdxl-base-1.0", "sdxl-refiner-1.0", "sdxl-turbo"}
+
+
+def test_every_default_keeps_its_own_bounds() -> None:
+    for spec in discover():
+        for task in spec.tasks.values():
+            for option in task.options.values():
+                if isinstance(option.default, int | float) and not isinstance(option.default, bool):
+                    assert option.minimum is None or option.default >= option.minimum, (spec.id, option.name)
+                    assert option.maximum is None or option.default <= option.maximum, (spec.id, option.name)
+                if option.choices is not None:
+                    assert option.default in option.choices, (spec.id, option.name)
+
+
+def test_two_models_of_one_name_are_refused() -> None:
+    spec = discover().find("shapes")
+
+    with pytest.raises(ConfigurationError, match="shapes"):
+        Catalog([spec, dataclasses.replace(spec, id="other", aliases=("shapes",))])
+
+
+def test_an_alias_finds_its_model() -> None:
+    spec = dataclasses.replace(discover().find("shapes"), aliases=("forms",))
+
+    assert Catalog([spec]).find("forms").id == "shapes"
+
+
+def test_a_name_that_is_far_from_all_gets_the_way_to_the_list() -> None:
+    with pytest.raises(ModelNotFound, match="/v1/models"):
+        discover().find("q" * 100)
+
+
+def test_models_are_listed_by_task_and_tier() -> None:
+    inpainters = discover().having(task=Task.INPAINT)
+
+    assert [spec.id for spec in inpainters] == ["sdxl-base-1.0"]
+    assert all(spec.tier == "core" for spec in discover().having(tier="core"))

@@ -1,0 +1,247 @@
+"""Every rule of a request, each with its place, and all of them at once."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from omnirt_tasks.contract import GenerateRequest
+from omnirt_tasks.errors import (
+    BackendUnsupported,
+    InvalidJson,
+    ModelNotFound,
+    ModelTierDisabled,
+    OmnirtError,
+    StubDisabled,
+    ValidationFailed,
+)
+from omnirt_tasks.registry import discover
+from omnirt_tasks.registry.spec import OptionKind
+from omnirt_tasks.validation import Door, parse_json, parse_request, resolve
+
+GOOD: dict[str, Any] = {"task": "text2image", "model": "shapes", "inputs": {"prompt": "a red circle"}}
+SDXL: dict[str, Any] = {**GOOD, "model": "sdxl-base-1.0"}
+PICTURE: dict[str, Any] = {**SDXL, "task": "image2image"}
+
+
+def failure_of(body: Any, door: Door | None = None) -> OmnirtError:
+    catalog, door = discover(), door or Door()
+    with pytest.raises(OmnirtError) as caught:
+        resolve(parse_request(body, catalog, door), catalog, door=door).unwrap()
+    return caught.value
+
+
+def config_of(**config: Any) -> dict[str, Any]:
+    catalog = discover()
+    request, _ = resolve(parse_request({**GOOD, "config": config}, catalog), catalog, door=Door()).unwrap()
+    return dict(request.config)
+
+
+def with_config(base: dict[str, Any] = SDXL, **config: Any) -> dict[str, Any]:
+    return {**base, "config": config}
+
+
+def with_inputs(base: dict[str, Any] = PICTURE, **inputs: Any) -> dict[str, Any]:
+    return {**base, "inputs": {"prompt": "a cat", **inputs}}
+
+
+@pytest.mark.parametrize(
+    ("body", "loc", "rule"),
+    [
+        ({**GOOD, "task": "text2smell"}, "task", "choice"),
+        ({**GOOD, "task": None}, "task", "choice"),
+        ({**GOOD, "task": "inpaint"}, "task", "choice"),
+        ({"model": "shapes", "inputs": {"prompt": "a"}}, "task", "required"),
+        ({**GOOD, "model": ""}, "model", "min_length"),
+        ({**GOOD, "model": 5}, "model", "type"),
+        ({**GOOD, "backend": "tpu"}, "backend", "choice"),
+        ({**GOOD, "backend": 1}, "backend", "type"),
+        ({**GOOD, "inputs": []}, "inputs", "type"),
+        ({**GOOD, "config": "fast"}, "config", "type"),
+        ({**GOOD, "async_run": "yes"}, "async_run", "type"),
+        ({**GOOD, "adapters": [{"kind": "lora"}]}, "adapters", "unsupported"),
+        ({**GOOD, "deadline_s": 5}, "deadline_s", "unsupported"),
+        ({**GOOD, "webhook": "https://x"}, "webhook", "unsupported"),
+        ({**GOOD, "priority": "high"}, "priority", "choice"),
+        ({**GOOD, "tags": "gold"}, "tags", "type"),
+        ({**GOOD, "tags": ["Gold!"]}, "tags.0", "pattern"),
+        ({**GOOD, "tags": list("abcde")}, "tags", "max_length"),
+        ({**GOOD, "metadata": {"k": 1}}, "metadata.k", "type"),
+        ({**GOOD, "metadata": {str(i): "" for i in range(17)}}, "metadata", "max_length"),
+        ({**GOOD, "metadata": {"k": "v" * 513}}, "metadata.k", "max_length"),
+        ({**GOOD, "model_path": "/etc/passwd"}, "model_path", "unknown_field"),
+        ({**GOOD, "promt": "a"}, "promt", "unknown_field"),
+        (with_config(output_dir="/tmp"), "config.output_dir", "unknown_field"),
+        (with_config(model_path="x"), "config.model_path", "unknown_field"),
+        (with_config(widht=512), "config.widht", "unknown_field"),
+        (with_config(width=513), "config.width", "multiple_of"),
+        (with_config(width=56), "config.width", "minimum"),
+        (with_config(height=4096), "config.height", "maximum"),
+        (with_config(width="512"), "config.width", "type"),
+        (with_config(width=512.5), "config.width", "type"),
+        (with_config(width=True), "config.width", "type"),
+        (with_config(width=None), "config.width", "type"),
+        (with_config(num_inference_steps=0), "config.num_inference_steps", "minimum"),
+        (with_config(num_inference_steps=10**9), "config.num_inference_steps", "maximum"),
+        (with_config(num_images_per_prompt=-1), "config.num_images_per_prompt", "minimum"),
+        (with_config(num_images_per_prompt=17), "config.num_images_per_prompt", "maximum"),
+        (with_config(guidance_scale=-0.1), "config.guidance_scale", "minimum"),
+        (with_config(guidance_scale=51), "config.guidance_scale", "maximum"),
+        (with_config(guidance_scale=math.nan), "config.guidance_scale", "finite"),
+        (with_config(guidance_scale=math.inf), "config.guidance_scale", "finite"),
+        (with_config(guidance_scale={"a": 1}), "config.guidance_scale", "type"),
+        (with_config(seed=-1), "config.seed", "minimum"),
+        (with_config(seed=2**63), "config.seed", "maximum"),
+        (with_config(seed=2**63 - 1, num_images_per_prompt=2), "config.seed", "maximum"),
+        (with_config(seed="7"), "config.seed", "type"),
+        (with_config(preset="fst"), "config.preset", "choice"),
+        (with_config(scheduler="magic"), "config.scheduler", "choice"),
+        (with_config(dtype="int8"), "config.dtype", "choice"),
+        (with_config(with_inputs(image="upload:1"), strength=1.5), "config.strength", "maximum"),
+        ({**GOOD, "inputs": {}}, "inputs.prompt", "required"),
+        ({**GOOD, "inputs": {"prompt": "  "}}, "inputs.prompt", "min_length"),
+        ({**GOOD, "inputs": {"prompt": "x" * 8_001}}, "inputs.prompt", "max_length"),
+        ({**GOOD, "inputs": {"prompt": ["a", "b"]}}, "inputs.prompt", "type"),
+        ({**GOOD, "inputs": {"prompt": 5}}, "inputs.prompt", "type"),
+        ({**GOOD, "inputs": {"prompt": "a", "num_frames": 0}}, "inputs.num_frames", "unknown_field"),
+        (with_inputs(), "inputs.image", "required"),
+        (with_inputs(image="http://169.254.169.254/latest"), "inputs.image", "remote_url"),
+        (with_inputs(image="FILE:///etc/passwd"), "inputs.image", "remote_url"),
+        (with_inputs(image="/etc/passwd"), "inputs.image", "reference"),
+        (with_inputs(image="artifact:../../etc/passwd"), "inputs.image", "reference"),
+        (with_inputs(image="upload:../x"), "inputs.image", "reference"),
+        (with_inputs(image=b"x"), "inputs.image", "type"),
+        ([1], "body", "type"),
+    ],
+)  # fmt: skip
+def test_a_broken_rule_is_named_with_its_place(body: Any, loc: str, rule: str) -> None:
+    error = failure_of(json.dumps(body) if isinstance(body, list) else body)
+
+    assert isinstance(error, ValidationFailed)
+    assert [(problem.loc, problem.rule) for problem in error.details] == [(loc, rule)]
+    assert error.details[0].message
+
+
+def test_all_problems_are_told_at_once_though_the_shape_is_wrong_too() -> None:
+    body = {
+        **GOOD,
+        "priority": "urgent",
+        "inputs": {"prompt": "", "mask": "x"},
+        "config": {"width": 513, "num_inference_steps": 0, "seed": -1},
+        "colour": "red",
+    }
+
+    error = failure_of(body)
+
+    assert {problem.loc for problem in error.details} == {
+        "priority", "colour", "inputs.prompt", "inputs.mask", "config.width", "config.num_inference_steps", "config.seed",
+    }  # fmt: skip
+
+
+def test_a_message_names_value_rule_and_remedy() -> None:
+    (problem,) = failure_of(with_config(width=513)).details
+
+    assert problem.message == "513 is not a multiple of 8; use 512 or 520."
+
+
+@pytest.mark.parametrize(
+    ("body", "door", "kind"),
+    [
+        ({**GOOD, "model": "shapez"}, Door(), ModelNotFound),
+        ({**GOOD, "backend": "ascend"}, Door(), BackendUnsupported),
+        ({**GOOD, "model": "stub"}, Door(allow_stub=False), StubDisabled),
+        ({**GOOD, "model": "sdxl-turbo"}, Door(disabled_tiers=("experimental",)), ModelTierDisabled),
+    ],
+)
+def test_a_lone_problem_with_a_code_of_its_own_is_called_by_it(body: Any, door: Door, kind: type[OmnirtError]) -> None:
+    assert type(failure_of(body, door)) is kind
+
+
+def test_an_unknown_model_is_answered_with_the_nearest_names() -> None:
+    assert "sdxl-base-1.0" in failure_of({**GOOD, "model": "sdxl-base"}).message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "nul", '{"a": NaN}', '{"a": Infinity}', '{"a": -Infinity}', "[" * 100_000, '{"a":' * 40 + "1" + "}" * 40,
+        b"\xff\xfe\xfa", '{"a": "\\ud800"}',
+    ],
+)  # fmt: skip
+def test_what_is_no_json_is_invalid_json(text: str | bytes) -> None:
+    with pytest.raises(InvalidJson):
+        parse_json(text)
+
+
+@pytest.mark.parametrize("number", ["1e999", "1" + "0" * 5_000])
+def test_a_number_beyond_all_bounds_is_a_number_out_of_bounds(number: str) -> None:
+    text = json.dumps(with_config(guidance_scale=-77)).replace("-77", number)
+
+    assert [problem.loc for problem in failure_of(text).details] == ["config.guidance_scale"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "steps", "guidance"),
+    [("fast", 20, 5.5), ("balanced", 20, 7.5), ("quality", 40, 8.0), ("low-vram", 18, 7.5)],
+)
+def test_presets_fill_in_what_the_request_leaves_out(preset: str, steps: int, guidance: float) -> None:
+    config = config_of(preset=preset)
+
+    assert (config["preset"], config["num_inference_steps"], config["guidance_scale"]) == (preset, steps, guidance)
+
+
+def test_an_explicit_option_wins_over_the_preset() -> None:
+    assert config_of(preset="quality", num_inference_steps=7)["num_inference_steps"] == 7
+
+
+def test_a_model_overrides_the_shared_presets() -> None:
+    catalog = discover()
+    body = {**GOOD, "model": "sdxl-turbo", "config": {"preset": "fast"}}
+
+    request, _ = resolve(parse_request(body), catalog, door=Door()).unwrap()
+
+    assert (request.config["num_inference_steps"], request.config["guidance_scale"]) == (1, 0.0)
+
+
+def test_a_null_seed_is_drawn_and_reported() -> None:
+    seeds = {config_of(seed=None)["seed"] for _ in range(5)}
+
+    assert len(seeds) > 1
+    assert all(isinstance(seed, int) and seed >= 0 for seed in seeds)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=8), children, max_size=3),
+    max_leaves=10,
+)
+fields = st.sampled_from([*GenerateRequest.model_fields, "widht"])
+options = st.sampled_from(
+    [*discover().find("sdxl-base-1.0").tasks[next(iter(discover().find("shapes").tasks))].options]
+)
+
+
+@given(st.dictionaries(fields, json_values, max_size=5), st.dictionaries(options, json_values, max_size=4))
+def test_whatever_json_comes_ends_in_a_request_or_in_a_callers_error(
+    extra: dict[str, Any], config: dict[str, Any]
+) -> None:
+    catalog = discover()
+    body = {**SDXL, "config": config} | extra
+
+    try:
+        request, spec = resolve(parse_request(body, catalog), catalog, door=Door()).unwrap()
+    except OmnirtError as error:
+        assert 400 <= error.http_status < 500
+        assert error.message
+    else:
+        for name, option in spec.tasks[request.task].options.items():
+            value = request.config[name]
+            if option.kind in {OptionKind.INTEGER, OptionKind.NUMBER}:
+                assert isinstance(value, int | float)
+                assert math.isfinite(value)
+                assert option.minimum is None or value >= option.minimum
+                assert option.maximum is None or value <= option.maximum
+                assert option.multiple_of is None or value % option.multiple_of == 0
