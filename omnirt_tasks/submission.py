@@ -7,7 +7,6 @@ A job is accepted once its record is written; a message that could not be sent i
 """
 
 import base64
-import binascii
 import io
 import logging
 import uuid
@@ -155,5 +154,5 @@ def _decoded(data_url: str) -> io.BytesIO:
     start = DATA_URL.match(data_url)
     try:
         return io.BytesIO(base64.b64decode(data_url[start.end() if start else 0 :], validate=True))
-    except binascii.Error:
+    except ValueError:  # binascii.Error is one, and so is what is not ASCII
         raise ValidationFailed("The data URL is not base64.", "Encode the file in base64.") from None

@@ -1,0 +1,169 @@
+"""A job is accepted whole, or refused with nothing queued."""
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from omnirt_tasks.contract import Artifact, ArtifactKind, ExecutionMode, GenerateResult, JobState, RunReport, Task
+from omnirt_tasks.errors import ArtifactNotFound, OmnirtError, QueueFull, StoreUnavailable, UploadNotFound
+from omnirt_tasks.jobs.fleet import MemoryFleet
+from omnirt_tasks.jobs.memory import MemoryJobStore
+from omnirt_tasks.jobs.store import JobQuery, Succeeded
+from omnirt_tasks.registry import discover
+from omnirt_tasks.submission import Submission
+from omnirt_tasks.uploads import UploadStorage
+from omnirt_tasks.validation import Door, parse_request
+
+
+class House:
+    """A submission with everything around it in memory; `sent` are the messages."""
+
+    def __init__(self, folder: Path, *, queue_limit: int = 10) -> None:
+        self.sent: list[tuple[str, str]] = []
+        self.broker_away = False
+        self.store = MemoryJobStore()
+        self.uploads = UploadStorage(folder.as_uri(), ttl_s=60, max_bytes=1_000_000, max_pixels=1_000_000)
+        self.folder = folder
+        self.door = Submission(
+            store=self.store,
+            catalog=discover(),
+            fleet=MemoryFleet(),
+            uploads=self.uploads,
+            send=self.send,
+            door=Door(),
+            queue_limit=queue_limit,
+        )
+
+    def send(self, job_id: str, queue: str) -> None:
+        if self.broker_away:
+            raise StoreUnavailable("The broker is away.")
+        self.sent.append((job_id, queue))
+
+    def submit(self, owner: str = "anna", model: str = "shapes", **body: Any) -> str:
+        request = {"task": "text2image", "model": model, "inputs": {"prompt": "a red circle"}} | body
+        return self.door.submit(parse_request(request), owner=owner).record.id
+
+    def edit(self, image: str, owner: str = "anna") -> str:
+        inputs = {"prompt": "a cat", "image": image}
+        return self.submit(owner, "sdxl-base-1.0", task="image2image", inputs=inputs)
+
+    def nothing_was_queued(self) -> bool:
+        stored = list(self.folder.glob("uploads/*"))
+        return not self.sent and not stored and not self.store.page(JobQuery(owner="anna")).jobs
+
+    def succeed(self, job_id: str) -> None:
+        claim = self.store.claim(job_id, worker_id="w", lease_ttl_ms=10_000)
+        assert claim is not None
+        picture = Artifact(
+            kind=ArtifactKind.IMAGE, name="image-0.png", index=0, path="", mime="image/png", size_bytes=1, sha256=""
+        )
+        report = RunReport(
+            run_id="r", task=Task.TEXT2IMAGE, model="shapes", backend="cpu", job_id=job_id,
+            execution_mode=ExecutionMode.LEGACY_CALL,
+        )  # fmt: skip
+        assert self.store.commit(claim.lease, Succeeded(GenerateResult(outputs=(picture,), metadata=report)))
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> House:
+    return House(tmp_path)
+
+
+def data_url(data: bytes, mime: str = "image/png") -> str:
+    return f"data:{mime};base64,{base64.b64encode(data).decode()}"
+
+
+def png(side: int = 8) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (side, side)).save(out, "PNG")
+    return out.getvalue()
+
+
+def test_an_accepted_job_has_its_record_and_its_message(house: House) -> None:
+    job_id = house.submit()
+
+    job = house.store.get(job_id)
+    assert (job.record.state, job.owner, job.queue) == (JobState.QUEUED, "anna", "cpu-shapes")
+    assert job.resolved.backend == "cpu"
+    assert house.sent == [(job_id, "cpu-shapes")]
+
+
+def test_a_job_whose_message_could_not_be_sent_is_accepted_all_the_same(house: House) -> None:
+    house.broker_away = True
+
+    assert house.store.get(house.submit()).record.state is JobState.QUEUED
+
+
+def test_a_refused_job_leaves_nothing_behind(house: House) -> None:
+    with pytest.raises(OmnirtError):
+        house.submit(config={"width": 513})
+    assert house.nothing_was_queued()
+
+
+def test_a_full_queue_refuses(tmp_path: Path) -> None:
+    house = House(tmp_path, queue_limit=1)
+    house.submit()
+
+    with pytest.raises(QueueFull):
+        house.submit()
+    assert len(house.sent) == 1
+
+
+def test_a_data_url_becomes_an_upload_and_stands_in_no_record(house: House) -> None:
+    job = house.store.get(house.edit(data_url(png())))
+
+    reference = job.resolved.inputs.image
+    assert reference is not None
+    assert reference.startswith("upload:")
+    assert "base64" not in str(job.record.request)
+    assert house.uploads.find("anna", reference.removeprefix("upload:")).mime == "image/png"
+
+
+@pytest.mark.parametrize(
+    "image",
+    [data_url(b"no picture"), data_url(png(2_000)), data_url(b"RIFF\0\0\0\0WAVEfmt "), "data:image/png;base64,§"],
+)
+def test_a_picture_that_is_none_is_refused_with_its_place(house: House, image: str) -> None:
+    with pytest.raises(OmnirtError) as caught:
+        house.edit(image)
+
+    assert caught.value.http_status in {413, 422}
+    assert [problem.loc for problem in caught.value.details] == ["inputs.image"]
+    assert house.nothing_was_queued()
+
+
+def test_an_upload_is_found_by_its_owner_alone(house: House) -> None:
+    upload = house.uploads.put("anna", io.BytesIO(png()))
+
+    house.edit(f"upload:{upload.id}")
+    with pytest.raises(UploadNotFound):
+        house.edit(f"upload:{upload.id}", owner="bert")
+
+
+def test_an_earlier_output_is_an_input(house: House) -> None:
+    job_id = house.submit()
+    with pytest.raises(ArtifactNotFound):  # not before it has succeeded
+        house.edit(f"artifact:{job_id}/image-0.png")
+    house.succeed(job_id)
+
+    house.edit(f"artifact:{job_id}/image-0.png")
+    for image, owner in ((f"artifact:{job_id}/image-0.png", "bert"), (f"artifact:{job_id}/other.png", "anna")):
+        with pytest.raises(ArtifactNotFound):
+            house.edit(image, owner)
+
+
+def test_a_check_tells_what_would_run_and_writes_nothing(house: House) -> None:
+    request = parse_request(
+        {"task": "text2image", "model": "shapes", "inputs": {"prompt": "a"}, "config": {"preset": "low-vram"}}
+    )
+
+    resolution = house.door.check(request, "anna")
+
+    assert resolution.request is not None
+    assert (resolution.request.backend, resolution.request.config["dtype"]) == ("cpu", "fp32")
+    assert resolution.request.warnings
+    assert house.nothing_was_queued()
