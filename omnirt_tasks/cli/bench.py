@@ -1,0 +1,70 @@
+"""`omnirt bench`: what the project measures of itself, each against something else in the same run."""
+
+from collections.abc import Iterator
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from omnirt_tasks.bench.figures import Table
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def bench(ctx: click.Context) -> None:
+    """Measure this installation; without a name, everything. Tables go to standard output, as Markdown."""
+    if ctx.invoked_subcommand is None:
+        for command in (submit, latency, stream, memory):
+            ctx.invoke(command)
+
+
+@bench.command()
+@click.option("--rounds", default=5, show_default=True, help="Turns of each server.")
+@click.option("--seconds", default=4.0, show_default=True, help="Length of a turn.")
+@click.option("--clients", default=8, show_default=True)
+def submit(rounds: int, seconds: float, clients: int) -> None:
+    """Submits a second, against a naive Flask handler on the same server."""
+    from omnirt_tasks.bench import submit as module
+
+    _run("submit", module.measure(rounds, seconds, clients), rounds)
+
+
+@bench.command()
+@click.option("--jobs", default=40, show_default=True)
+@click.option("--torch-threads", default=1, show_default=True, help="In the worker, and in the process beside it.")
+def latency(jobs: int, torch_threads: int) -> None:
+    """One unloaded job of `shapes`, against the same pipeline called in a loop."""
+    from omnirt_tasks.bench import latency as module
+
+    _run("latency", module.measure(jobs, torch_threads), jobs)
+
+
+@bench.command()
+@click.option("--events", default=1_000, show_default=True)
+def stream(events: int) -> None:
+    """From the worker's write of an event to an SSE client."""
+    from omnirt_tasks.bench import stream as module
+
+    _run("stream", module.measure(events), events)
+
+
+@bench.command()
+@click.option("--jobs", default=1_000, show_default=True)
+def memory(jobs: int) -> None:
+    """The memory of each process over many jobs."""
+    from omnirt_tasks.bench import memory as module
+
+    _run("memory", module.measure(jobs), jobs)
+
+
+def _run(name: str, measuring: Iterator[int | Table], total: int) -> None:
+    """Show progress on standard error while it measures, then print its table."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task(name, total=total)
+        for step in measuring:
+            if isinstance(step, Table):
+                progress.stop()
+                click.echo(step.markdown())
+            else:
+                progress.update(bar, completed=step)
