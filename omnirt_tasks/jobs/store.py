@@ -9,7 +9,7 @@ Every change of state goes through one atomic step that checks the state it star
 appends the event that tells of it. An attempt is known by its `Lease`: whoever holds an older one changes nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from omnirt_tasks.contract import (
     ErrorInfo,
     Event,
     EventName,
+    ExecutionMode,
     GenerateResult,
     JobRecord,
     JobState,
@@ -29,7 +30,7 @@ from omnirt_tasks.contract.base import JsonObject
 
 @dataclass(frozen=True)
 class NewJob:
-    """A job as it is accepted; `queue` is the full queue name, `owner` the id of the key that sent it ("" without keys).
+    """A job as it is accepted; `queue` is the full queue name, `owner` the id of the key that sent it, or "".
 
     `request` is the one the caller wrote, with data URLs already replaced by upload references.
     """
@@ -45,7 +46,11 @@ class NewJob:
 
 @dataclass(frozen=True)
 class StoredJob:
-    """A job with what only the project itself may see: owner, queue, resolved request, holder of the lease."""
+    """A job with what only the project itself may see: owner, queue, resolved request, end of the lease.
+
+    `last_seq` is the number of its newest event. The record's `queue` has the name alone: its workers and the
+    position are the reader's to add; `position` (from 1) spares him asking where the step that gave this job told it.
+    """
 
     record: JobRecord
     owner: str
@@ -53,6 +58,8 @@ class StoredJob:
     resolved: ResolvedRequest
     traceparent: str | None = None
     lease_expires_at_ms: int | None = None
+    last_seq: int = 0
+    position: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ class Renewal:
 class EventDraft:
     """An event without its number and time, which the store gives it.
 
-    `step` and `total` are set with `stage_progress` events, so that the record's progress follows the log.
+    The data of a `stage_progress` holds `step` and `total`, so that the record's progress follows the log.
     """
 
     event: EventName
@@ -125,10 +132,26 @@ class JobQuery:
     model: str | None = None
     task: Task | None = None
 
+    @property
+    def filtered(self) -> bool:
+        """Whether some of the owner's jobs may not match."""
+        return self.state is not None or self.model is not None or self.task is not None
+
+    def matches(self, job: StoredJob) -> bool:
+        """Whether a job of the owner's belongs on the list."""
+        return (
+            (self.state is None or job.record.state is self.state)
+            and (self.model is None or job.resolved.model == self.model)
+            and (self.task is None or job.resolved.task is self.task)
+        )
+
 
 @dataclass(frozen=True)
 class JobPage:
-    """A page of jobs; `next_cursor` is None on the last one."""
+    """A page of jobs, without their results; `next_cursor` is None on the last one.
+
+    With a filter a page may be short of `limit`, even empty, before the last one: the search per page is bounded.
+    """
 
     jobs: Sequence[StoredJob]
     next_cursor: str | None
@@ -136,9 +159,13 @@ class JobPage:
 
 @dataclass(frozen=True)
 class Reconciled:
-    """What one round of reconciling found: jobs to send (again), as (job id, queue)."""
+    """What one round of reconciling found.
+
+    `resend` are jobs to send (again), as (job id, queue); `expired` the ids among them whose lease had expired.
+    """
 
     resend: Sequence[tuple[str, str]] = ()
+    expired: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -153,13 +180,14 @@ class JobStore(Protocol):
     """The truth about every job. Safe to share between threads.
 
     Every method raises StoreUnavailable when the store cannot be reached, and JobNotFound for an unknown id
-    where it takes one (except `reconcile` and `claim`).
+    where it takes one (except `claim` and `purge`). A lease is not an id: one of an unknown job is a lost one.
     """
 
     def create(self, job: NewJob, *, queue_limit: int | None = None) -> StoredJob:
         """Write a new job in state queued, with its `job_enqueued` event. Durable when it returns.
 
-        Raises QueueFull when the queue already holds `queue_limit` waiting jobs.
+        Raises QueueFull when the queue already holds `queue_limit` waiting jobs. A second job of the same id changes
+        nothing: the first is returned.
         """
         ...
 
@@ -171,15 +199,22 @@ class JobStore(Protocol):
         """The owner's jobs, newest first."""
         ...
 
-    def claim(self, job_id: str, *, worker_id: str, lease_ttl_ms: int) -> Claim | None:
+    def claim(
+        self, job_id: str, *, worker_id: str, lease_ttl_ms: int, execution_mode: ExecutionMode | None = None
+    ) -> Claim | None:
         """Begin the next attempt; None if the job is unknown, over, or held by a live lease (drop the message).
 
-        Appends `job_started` {attempt, worker_id}. A queued job whose cancel was asked for is never claimed.
+        Appends `job_started` {attempt, worker_id}; what ran under an expired lease is requeued first. A job whose
+        cancel was asked for is never claimed, but cancelled. `execution_mode` is given where it is known already;
+        a result brings it in any case.
         """
         ...
 
     def renew(self, lease: Lease, *, lease_ttl_ms: int) -> Renewal:
-        """Hold the lease for another `lease_ttl_ms` from now, by the store's clock."""
+        """Hold the lease for another `lease_ttl_ms` from now, by the store's clock.
+
+        A lease that has expired is still held until somebody acts on that.
+        """
         ...
 
     def append(self, lease: Lease, drafts: Sequence[EventDraft]) -> bool:
@@ -208,14 +243,17 @@ class JobStore(Protocol):
         ...
 
     def purge(self, job_id: str) -> None:
-        """Remove record, events and index entries. The files are the caller's to remove, first."""
+        """Remove record, events and index entries; a job that is not over ends as cancelled first. Idempotent.
+
+        The files of a job that is over are the caller's to remove, first.
+        """
         ...
 
     def reconcile(self, *, unclaimed_after_ms: int = 5_000) -> Reconciled:
-        """Requeue what runs under an expired lease, and name what must be sent again.
+        """Requeue what runs under an expired lease, and name what may have to be sent again.
 
-        A job that is queued for `unclaimed_after_ms` and was not sent again within that time is named once per
-        such period, unless its message still waits in the broker (the caller tells by `waiting_in_broker`).
+        A job that is queued for `unclaimed_after_ms` is named once per such period. Whether its message still waits
+        in the broker is the caller's to ask (`Reconciler` does).
         """
         ...
 
@@ -236,7 +274,11 @@ class JobStore(Protocol):
         ...
 
     def queues(self) -> Sequence[str]:
-        """Every queue that holds a job, waiting or running."""
+        """Every queue that holds a job, waiting or running; sorted."""
+        ...
+
+    def state_counts(self) -> Mapping[tuple[str, str, str, str], int]:
+        """How often each state was entered, by (task, model, execution mode, state); mode "unknown" until known."""
         ...
 
     def ping(self) -> None:
@@ -244,19 +286,46 @@ class JobStore(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Missed:
+    """Events may have been lost, by a slow watcher or while the connection was away: read the log."""
+
+
 class EventFeed(Protocol):
-    """Live events, for watchers of one job."""
+    """Live events, for watchers of one job. Safe to share between threads."""
 
     def subscribe(self, job_id: str) -> "Subscription":
-        """Start to receive the job's events; returns once nothing published from now on can be missed."""
+        """Start to receive the job's events; returns once nothing published from now on can be missed.
+
+        Raises StoreUnavailable when the store cannot be reached.
+        """
+        ...
+
+    def on_cancel(self, callback: Callable[[str], None]) -> None:
+        """Call `callback` with the id of each running job whose cancel is asked for, from a thread of the feed.
+
+        Notices may be lost with the connection; a renewal tells the same, later. Raises StoreUnavailable.
+        """
+        ...
+
+    def close(self) -> None:
+        """Stop receiving; every subscription ends. Idempotent."""
         ...
 
 
 class Subscription(Protocol):
     """One watcher's bounded queue. Not shared between threads."""
 
-    def next(self, timeout_s: float) -> Event | None:
-        """The next live event, or None after `timeout_s`. Progress may be dropped for a slow watcher, the end never."""
+    def next(self, timeout_s: float) -> Event | Missed | None:
+        """The next live event, or None after `timeout_s`.
+
+        A slow watcher loses events and is told so by Missed; the terminal event always arrives. Raises
+        StoreUnavailable when the feed is closed.
+        """
+        ...
+
+    def wake(self) -> None:
+        """Let the `next` that waits, or else the next one, return None at once. Any thread may call it."""
         ...
 
     def close(self) -> None:

@@ -1,0 +1,409 @@
+"""The job store and the event feed in memory: what OmniEngine uses, and the plain statement of the store's rules."""
+
+import secrets
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from threading import RLock
+
+from omnirt_tasks.contract import (
+    ALLOWED_MOVES,
+    CancelOutcome,
+    Event,
+    EventName,
+    ExecutionMode,
+    JobRecord,
+    JobState,
+    Phase,
+    QueueStatus,
+)
+from omnirt_tasks.contract.base import JsonObject
+from omnirt_tasks.errors import JobNotFound, QueueFull
+from omnirt_tasks.jobs.effects import EVENT_LOG_LENGTH, JOB_STAGE, LEASE_EXPIRED, ending, phase_of, progress_of
+from omnirt_tasks.jobs.mailbox import Mailbox
+from omnirt_tasks.jobs.store import (
+    Claim,
+    EventDraft,
+    Failed,
+    JobPage,
+    JobQuery,
+    Lease,
+    NewJob,
+    Outcome,
+    QueueDepth,
+    Reconciled,
+    Renewal,
+    StoredJob,
+    Succeeded,
+)
+
+WEEK_S = 7 * 24 * 3600.0
+
+
+def unix_time_ms() -> int:
+    """The time now, in Unix milliseconds."""
+    return time.time_ns() // 1_000_000
+
+
+@dataclass
+class _Entry:
+    """One job and what is kept beside it; `serial` is its place in the order of arrival."""
+
+    job: StoredJob
+    serial: int
+    sent_at_ms: int
+    token: str = ""
+    log: deque[Event] = field(default_factory=lambda: deque(maxlen=EVENT_LOG_LENGTH))
+
+    @property
+    def record(self) -> JobRecord:
+        return self.job.record
+
+    def update(self, **changes: object) -> None:
+        """Change fields of the record."""
+        self.job = replace(self.job, record=self.record.model_copy(update=changes))
+
+
+class MemoryJobStore:
+    """JobStore in this process, gone with it. `now_ms` is the clock; jobs are kept `job_ttl_s` after their end."""
+
+    def __init__(self, *, job_ttl_s: float = WEEK_S, now_ms: Callable[[], int] = unix_time_ms) -> None:
+        self._job_ttl_ms = round(job_ttl_s * 1000)
+        self._now_ms = now_ms
+        self._lock = RLock()
+        self._entries: dict[str, _Entry] = {}  # in the order of arrival
+        self._serial = 0
+        self._counts: Counter[tuple[str, str, str, str]] = Counter()
+        self._listeners: dict[str, list[Callable[[Event], None]]] = {}
+        self._cancel_callbacks: list[Callable[[str], None]] = []
+
+    def create(self, job: NewJob, *, queue_limit: int | None = None) -> StoredJob:
+        """See JobStore."""
+        with self._lock:
+            if known := self._entries.get(job.id):
+                return known.job
+            if queue_limit is not None and self.depth(job.queue).waiting >= queue_limit:
+                raise QueueFull(
+                    f"The queue {job.queue} holds {queue_limit} waiting jobs, its limit.", "Try again later."
+                )
+            now_ms = self._now_ms()
+            record = JobRecord(
+                id=job.id,
+                job_id=job.id,
+                state=JobState.QUEUED,
+                queue=QueueStatus(name=job.queue, workers=0),
+                priority=job.resolved.priority,
+                backend=job.resolved.backend,
+                request=job.request,
+                metadata=job.resolved.metadata,
+                trace_id=job.trace_id,
+                enqueued_at_ms=now_ms,
+            )
+            self._serial += 1
+            stored = StoredJob(record, job.owner, job.queue, job.resolved, job.traceparent)
+            entry = self._entries[job.id] = _Entry(stored, self._serial, sent_at_ms=now_ms)
+            self._count(entry)
+            self._log(entry, EventName.JOB_ENQUEUED, {"queue": job.queue})
+            return entry.job
+
+    def get(self, job_id: str) -> StoredJob:
+        """See JobStore."""
+        with self._lock:
+            return self._entry(job_id).job
+
+    def page(self, query: JobQuery) -> JobPage:
+        """See JobStore."""
+        below = int(query.cursor) if query.cursor and query.cursor.isascii() and query.cursor.isdigit() else None
+        with self._lock:
+            matching = [
+                entry
+                for entry in reversed(self._entries.values())
+                if (below is None or entry.serial < below) and _matches(entry.job, query)
+            ]
+        page = matching[: query.limit]
+        jobs = [replace(entry.job, record=entry.record.model_copy(update={"result": None})) for entry in page]
+        return JobPage(jobs, str(page[-1].serial) if len(matching) > len(page) else None)
+
+    def claim(
+        self, job_id: str, *, worker_id: str, lease_ttl_ms: int, execution_mode: ExecutionMode | None = None
+    ) -> Claim | None:
+        """See JobStore."""
+        with self._lock:
+            entry = self._entries.get(job_id)
+            if entry is None:
+                return None
+            now_ms = self._now_ms()
+            if entry.record.state is JobState.RUNNING:
+                if not _lapsed(entry, now_ms):
+                    return None
+                self._release(entry, LEASE_EXPIRED)
+            if entry.record.state is not JobState.QUEUED:
+                return None
+            if execution_mode is not None:
+                entry.update(execution_mode=execution_mode)
+            self._enter(entry, JobState.RUNNING)
+            attempt = entry.record.attempt + 1
+            entry.token = secrets.token_hex(16)
+            entry.update(attempt=attempt, worker_id=worker_id, phase=Phase.WAITING, started_at_ms=now_ms, queue=None)
+            entry.job = replace(entry.job, lease_expires_at_ms=now_ms + lease_ttl_ms)
+            self._log(entry, EventName.JOB_STARTED, {"attempt": attempt, "worker_id": worker_id})
+            return Claim(Lease(job_id, attempt, entry.token), entry.job)
+
+    def renew(self, lease: Lease, *, lease_ttl_ms: int) -> Renewal:
+        """See JobStore."""
+        with self._lock:
+            entry = self._held(lease)
+            if entry is None:
+                return Renewal(held=False)
+            entry.job = replace(entry.job, lease_expires_at_ms=self._now_ms() + lease_ttl_ms)
+            return Renewal(held=True, cancel_requested=entry.record.cancel_requested)
+
+    def append(self, lease: Lease, drafts: Sequence[EventDraft]) -> bool:
+        """See JobStore."""
+        with self._lock:
+            entry = self._held(lease)
+            if entry is None:
+                return False
+            for draft in drafts:
+                self._log(entry, draft.event, draft.data, draft.stage)
+                if phase := phase_of(draft):
+                    entry.update(phase=phase)
+                if moved := progress_of(draft):
+                    entry.update(progress=moved)
+            return True
+
+    def commit(self, lease: Lease, outcome: Outcome) -> bool:
+        """See JobStore."""
+        end = ending(outcome)
+        with self._lock:
+            entry = self._held(lease)
+            if entry is None:
+                return False
+            if end.execution_mode is not None:
+                entry.update(execution_mode=end.execution_mode)
+            match outcome:
+                case Succeeded(result):
+                    entry.update(result=result)
+                case Failed(error):
+                    entry.update(error=error)
+            self._finish(entry, end.state, end.event, end.data)
+            return True
+
+    def give_back(self, lease: Lease, *, reason: str) -> bool:
+        """See JobStore."""
+        with self._lock:
+            entry = self._held(lease)
+            if entry is None:
+                return False
+            self._release(entry, reason)
+            return True
+
+    def cancel(self, job_id: str) -> CancelOutcome:
+        """See JobStore."""
+        with self._lock:
+            entry = self._entry(job_id)
+            if entry.record.finished:
+                return CancelOutcome.ALREADY_FINISHED
+            entry.update(cancel_requested=True)
+            if entry.record.state is JobState.QUEUED:
+                self._finish(entry, JobState.CANCELLED, EventName.JOB_CANCELLED, {})
+                return CancelOutcome.CANCELLED
+        self._tell_of_cancel(job_id)
+        return CancelOutcome.REQUESTED
+
+    def purge(self, job_id: str) -> None:
+        """See JobStore."""
+        with self._lock:
+            entry = self._entries.get(job_id)
+            if entry is None:
+                return
+            unfinished = not entry.record.finished
+            if unfinished:
+                self._finish(entry, JobState.CANCELLED, EventName.JOB_CANCELLED, {})
+            del self._entries[job_id]
+        if unfinished:
+            self._tell_of_cancel(job_id)
+
+    def reconcile(self, *, unclaimed_after_ms: int = 5_000) -> Reconciled:
+        """See JobStore."""
+        resend: list[tuple[str, str]] = []
+        expired: list[str] = []
+        with self._lock:
+            now_ms = self._now_ms()
+            for job_id, entry in self._entries.items():
+                if entry.record.state is JobState.RUNNING and _lapsed(entry, now_ms):
+                    if self._release(entry, LEASE_EXPIRED) is JobState.QUEUED:
+                        expired.append(job_id)
+                        resend.append((job_id, entry.job.queue))
+                elif entry.record.state is JobState.QUEUED and entry.sent_at_ms + unclaimed_after_ms <= now_ms:
+                    entry.sent_at_ms = now_ms
+                    resend.append((job_id, entry.job.queue))
+        return Reconciled(resend, expired)
+
+    def expired(self, limit: int = 100) -> Sequence[StoredJob]:
+        """See JobStore."""
+        with self._lock:
+            now_ms = self._now_ms()
+            jobs = [entry.job for entry in self._entries.values()]
+        ended = [(job.record.expires_at_ms, job) for job in jobs if job.record.expires_at_ms is not None]
+        return [job for expires_at_ms, job in sorted(ended, key=lambda pair: pair[0]) if expires_at_ms <= now_ms][
+            :limit
+        ]
+
+    def events(self, job_id: str, *, after: int = 0) -> Sequence[Event]:
+        """See JobStore."""
+        with self._lock:
+            return [event for event in self._entry(job_id).log if event.seq > after]
+
+    def depth(self, queue: str) -> QueueDepth:
+        """See JobStore."""
+        with self._lock:
+            states = Counter(entry.record.state for entry in self._entries.values() if entry.job.queue == queue)
+        return QueueDepth(states[JobState.QUEUED], states[JobState.RUNNING])
+
+    def position(self, job_id: str) -> int | None:
+        """See JobStore."""
+        with self._lock:
+            queue = self._entry(job_id).job.queue
+            waiting = [
+                waiting_id
+                for waiting_id, entry in self._entries.items()
+                if entry.job.queue == queue and entry.record.state is JobState.QUEUED
+            ]
+        return waiting.index(job_id) + 1 if job_id in waiting else None
+
+    def queues(self) -> Sequence[str]:
+        """See JobStore."""
+        with self._lock:
+            return sorted({entry.job.queue for entry in self._entries.values() if not entry.record.finished})
+
+    def state_counts(self) -> Mapping[tuple[str, str, str, str], int]:
+        """See JobStore."""
+        with self._lock:
+            return dict(self._counts)
+
+    def ping(self) -> None:
+        """See JobStore."""
+
+    def listen(self, job_id: str, listener: Callable[[Event], None]) -> None:
+        """Call `listener` with each event of the job, in order, from the thread that logs it; it must not block."""
+        with self._lock:
+            self._listeners.setdefault(job_id, []).append(listener)
+
+    def unlisten(self, job_id: str, listener: Callable[[Event], None]) -> None:
+        """Undo `listen`. Idempotent."""
+        with self._lock:
+            listeners = self._listeners.get(job_id, [])
+            if listener in listeners:
+                listeners.remove(listener)
+            if not listeners:
+                self._listeners.pop(job_id, None)
+
+    def on_cancel(self, callback: Callable[[str], None]) -> None:
+        """See EventFeed; the thread is the canceller's."""
+        with self._lock:
+            self._cancel_callbacks.append(callback)
+
+    def _entry(self, job_id: str) -> _Entry:
+        if entry := self._entries.get(job_id):
+            return entry
+        raise JobNotFound(f"There is no job {job_id[:64]!r}.", "It may have expired, or been purged.")
+
+    def _held(self, lease: Lease) -> _Entry | None:
+        entry = self._entries.get(lease.job_id)
+        held = entry is not None and entry.record.state is JobState.RUNNING and entry.token == lease.token
+        return entry if held else None
+
+    def _count(self, entry: _Entry) -> None:
+        mode = entry.record.execution_mode or "unknown"
+        resolved = entry.job.resolved
+        self._counts[(resolved.task.value, resolved.model, str(mode), entry.record.state.value)] += 1
+
+    def _enter(self, entry: _Entry, state: JobState) -> None:
+        if state not in ALLOWED_MOVES[entry.record.state]:
+            raise AssertionError(f"a job never moves from {entry.record.state} to {state}")
+        entry.update(state=state, phase=None, queue=None)
+        entry.job = replace(entry.job, lease_expires_at_ms=None)
+        entry.token = ""
+        self._count(entry)
+
+    def _finish(self, entry: _Entry, state: JobState, event: EventName, data: JsonObject) -> None:
+        self._enter(entry, state)
+        now_ms = self._now_ms()
+        entry.update(finished_at_ms=now_ms, expires_at_ms=now_ms + self._job_ttl_ms)
+        self._log(entry, event, data)
+
+    def _release(self, entry: _Entry, reason: str) -> JobState:
+        """Put the job back to its old place in the queue, unless nobody wants it any more; its new state."""
+        if entry.record.cancel_requested:
+            self._finish(entry, JobState.CANCELLED, EventName.JOB_CANCELLED, {})
+            return JobState.CANCELLED
+        self._enter(entry, JobState.QUEUED)
+        entry.update(
+            worker_id=None, started_at_ms=None, progress=None, queue=QueueStatus(name=entry.job.queue, workers=0)
+        )
+        entry.sent_at_ms = self._now_ms()
+        self._log(entry, EventName.JOB_REQUEUED, {"attempt": entry.record.attempt, "reason": reason})
+        return JobState.QUEUED
+
+    def _log(self, entry: _Entry, name: EventName, data: JsonObject, stage: str = JOB_STAGE) -> None:
+        seq = entry.job.last_seq + 1
+        event = Event(seq=seq, event=name, stage=stage, timestamp_ms=self._now_ms(), data=data)
+        entry.job = replace(entry.job, last_seq=seq)
+        entry.log.append(event)
+        for listener in self._listeners.get(entry.record.id, ()):
+            listener(event)
+
+    def _tell_of_cancel(self, job_id: str) -> None:
+        with self._lock:
+            callbacks = tuple(self._cancel_callbacks)
+        for callback in callbacks:
+            callback(job_id)
+
+
+class MemoryFeed:
+    """EventFeed of a MemoryJobStore."""
+
+    def __init__(self, store: MemoryJobStore) -> None:
+        self._store = store
+        self._lock = RLock()
+        self._open: dict[Mailbox, str] = {}
+        self._closed = False
+
+    def subscribe(self, job_id: str) -> Mailbox:
+        """See EventFeed."""
+        mailbox = Mailbox(self._leave)
+        with self._lock:
+            self._open[mailbox] = job_id
+            if self._closed:
+                mailbox.cut_off()
+        self._store.listen(job_id, mailbox.offer)
+        return mailbox
+
+    def on_cancel(self, callback: Callable[[str], None]) -> None:
+        """See EventFeed."""
+        self._store.on_cancel(callback)
+
+    def close(self) -> None:
+        """See EventFeed."""
+        with self._lock:
+            self._closed = True
+            mailboxes = tuple(self._open)
+        for mailbox in mailboxes:
+            mailbox.cut_off()
+
+    def _leave(self, mailbox: Mailbox) -> None:
+        with self._lock:
+            job_id = self._open.pop(mailbox, None)
+        if job_id is not None:
+            self._store.unlisten(job_id, mailbox.offer)
+
+
+def _lapsed(entry: _Entry, now_ms: int) -> bool:
+    expires_at_ms = entry.job.lease_expires_at_ms
+    return expires_at_ms is not None and expires_at_ms <= now_ms
+
+
+def _matches(job: StoredJob, query: JobQuery) -> bool:
+    return job.owner == query.owner and query.matches(job)

@@ -1,0 +1,371 @@
+"""The job store in Redis.
+
+    {prefix}:job:{id}         HASH    the record; what is deep is JSON text
+    {prefix}:log:{id}         STREAM  the newest 1,000 events; an entry has id "{seq}-0" and the event as JSON
+    {prefix}:waiting:{queue}  ZSET    id → serial: position and depth
+    {prefix}:sent:{queue}     ZSET    id → when the waiting job's message was last sent
+    {prefix}:running:{queue}  ZSET    id → when its lease expires
+    {prefix}:owner:{owner}    ZSET    id → serial: listing
+    {prefix}:finished         ZSET    id → when it expires
+    {prefix}:queues           SET     queues that may hold a job
+    {prefix}:states           HASH    task|model|execution_mode|state → how often it was entered
+    {prefix}:serial           number  of the latest job
+    {prefix}:events:{id}      channel each event's JSON, as it is logged
+    {prefix}:cancel           channel ids of running jobs whose cancel is asked for
+
+Every change is one script (`scripts/`), which checks the state it starts from, by the clock of Redis. A client
+sends a call again when its answer was lost; the call's id makes it count once.
+"""
+
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+import redis
+
+from omnirt_tasks.contract import (
+    CancelOutcome,
+    ErrorInfo,
+    Event,
+    ExecutionMode,
+    GenerateResult,
+    JobRecord,
+    JobState,
+    Phase,
+    QueueStatus,
+    ResolvedRequest,
+)
+from omnirt_tasks.contract.base import JsonObject
+from omnirt_tasks.errors import JobNotFound, QueueFull
+from omnirt_tasks.jobs.connection import reaching_store
+from omnirt_tasks.jobs.effects import ending, phase_of, progress, progress_of
+from omnirt_tasks.jobs.store import (
+    Claim,
+    EventDraft,
+    Failed,
+    JobPage,
+    JobQuery,
+    Lease,
+    NewJob,
+    Outcome,
+    QueueDepth,
+    Reconciled,
+    Renewal,
+    StoredJob,
+    Succeeded,
+)
+
+OVERDUE_LIMIT = 1_000
+"""The most jobs of a queue that one round of reconciling looks at; the rest follows in the next."""
+
+PAGE_SCAN_LIMIT = 1_000
+"""The most jobs that are read for one page with a filter."""
+
+# A listing shows no results, and they are the largest part of a record.
+_FIELDS_OF_PAGE = (
+    "owner", "queue", "request", "resolved", "trace_id", "traceparent", "state", "phase", "step", "total", "attempt",
+    "cancel_requested", "lease_expires_at_ms", "worker_id", "execution_mode", "error", "enqueued_at_ms",
+    "started_at_ms", "finished_at_ms", "expires_at_ms", "seq",
+)  # fmt: skip
+
+
+class Scripts:
+    """The Lua scripts, each behind the shared prelude; Redis keeps them, so a call sends a hash."""
+
+    def __init__(self, client: redis.Redis, prefix: str, job_ttl_ms: int = 0) -> None:
+        folder = resources.files("omnirt_tasks.jobs") / "scripts"
+        prelude = (folder / "prelude.lua").read_text()
+        self._scripts = {
+            file.name.removesuffix(".lua"): client.register_script(f"{prelude}\n{file.read_text()}")
+            for file in folder.iterdir()
+            if file.name.endswith(".lua") and file.name != "prelude.lua"
+        }
+        self._prefix = prefix
+        self._job_ttl_ms = job_ttl_ms
+
+    def run(self, name: str, job_id: str, *args: str | int) -> Any:
+        """Run one script; its answer is as Redis gives it. Raises StoreUnavailable."""
+        call = secrets.token_hex(8)
+        with reaching_store():
+            return self._scripts[name](args=(self._prefix, job_id, self._job_ttl_ms, call, *args))
+
+
+class RedisJobStore:
+    """JobStore in Redis; jobs are kept `job_ttl_s` after their end. The client answers in text (see `connect`)."""
+
+    def __init__(self, client: redis.Redis, *, prefix: str, job_ttl_s: float) -> None:
+        self._client: Any = client  # its types do not know that answers are text
+        self._prefix = prefix
+        self._scripts = Scripts(client, prefix, round(job_ttl_s * 1000))
+
+    def create(self, job: NewJob, *, queue_limit: int | None = None) -> StoredJob:
+        """See JobStore."""
+        fields = {
+            "request": _json(job.request),
+            "resolved": job.resolved.model_dump_json(),
+            "trace_id": job.trace_id,
+            "traceparent": job.traceparent,
+        }
+        pairs = [text for name, value in fields.items() if value is not None for text in (name, value)]
+        outcome, now_ms, *position = self._scripts.run(
+            "create", job.id, job.queue, job.owner, -1 if queue_limit is None else queue_limit,
+            job.resolved.task, job.resolved.model, _json({"queue": job.queue}), *pairs,
+        )  # fmt: skip
+        if outcome == "full":
+            raise QueueFull(f"The queue {job.queue} holds {queue_limit} waiting jobs, its limit.", "Try again later.")
+        if outcome == "exists":
+            return self.get(job.id)
+        record = JobRecord(
+            id=job.id,
+            job_id=job.id,
+            state=JobState.QUEUED,
+            queue=QueueStatus(name=job.queue, workers=0),
+            priority=job.resolved.priority,
+            backend=job.resolved.backend,
+            request=job.request,
+            metadata=job.resolved.metadata,
+            trace_id=job.trace_id,
+            enqueued_at_ms=now_ms,
+        )
+        return StoredJob(
+            record, job.owner, job.queue, job.resolved, job.traceparent, last_seq=1, position=int(position[0])
+        )
+
+    def get(self, job_id: str) -> StoredJob:
+        """See JobStore."""
+        with reaching_store():
+            fields = self._client.hgetall(self._key("job", job_id))
+        if not fields:
+            raise _unknown(job_id)
+        return _stored(job_id, fields)
+
+    def page(self, query: JobQuery) -> JobPage:
+        """See JobStore."""
+        owner_key = self._key("owner", query.owner)
+        found: list[StoredJob] = []
+        below = f"({query.cursor}" if query.cursor and query.cursor.isascii() and query.cursor.isdigit() else "+inf"
+        wanted = 100 if query.filtered else query.limit + 1  # one more than fits tells whether there is a next page
+        for _ in range(0, PAGE_SCAN_LIMIT, wanted):
+            with reaching_store():
+                entries = self._client.zrevrangebyscore(owner_key, below, "-inf", 0, wanted, withscores=True)
+                records = self._records([job_id for job_id, _ in entries])
+            for (job_id, serial), fields in zip(entries, records, strict=True):
+                if fields is None:  # Redis dropped the record before the sweeper came
+                    with reaching_store():
+                        self._client.zrem(owner_key, job_id)
+                elif query.matches(job := _stored(job_id, fields)):
+                    if len(found) == query.limit:
+                        return JobPage(found, below.removeprefix("("))
+                    found.append(job)
+                below = f"({serial:.0f}"
+            if len(entries) < wanted:
+                return JobPage(found, None)
+        return JobPage(found, below.removeprefix("("))
+
+    def claim(
+        self, job_id: str, *, worker_id: str, lease_ttl_ms: int, execution_mode: ExecutionMode | None = None
+    ) -> Claim | None:
+        """See JobStore."""
+        token = secrets.token_hex(16)
+        flat = self._scripts.run(
+            "claim", job_id, token, lease_ttl_ms, worker_id, json.dumps(worker_id), execution_mode or ""
+        )
+        if flat is None:
+            return None
+        job = _stored(job_id, dict(zip(flat[::2], flat[1::2], strict=True)))
+        return Claim(Lease(job_id, job.record.attempt, token), job)
+
+    def renew(self, lease: Lease, *, lease_ttl_ms: int) -> Renewal:
+        """See JobStore."""
+        answer = self._scripts.run("renew", lease.job_id, lease.token, lease_ttl_ms)
+        return Renewal(held=answer != "lost", cancel_requested=answer == "cancel")
+
+    def append(self, lease: Lease, drafts: Sequence[EventDraft]) -> bool:
+        """See JobStore."""
+        args: list[str | int] = []
+        for draft in drafts:
+            moved = progress_of(draft)
+            args += (draft.event, json.dumps(draft.stage), _json(draft.data), phase_of(draft) or "")
+            args += (moved.step, moved.total) if moved else ("", "")
+        return bool(self._scripts.run("append", lease.job_id, lease.token, *args) == "done")
+
+    def commit(self, lease: Lease, outcome: Outcome) -> bool:
+        """See JobStore."""
+        end = ending(outcome)
+        match outcome:
+            case Succeeded(result):
+                field, value = "result", result.model_dump_json()
+            case Failed(error):
+                field, value = "error", error.model_dump_json()
+            case _:
+                field, value = "", ""
+        answer = self._scripts.run(
+            "commit",
+            lease.job_id,
+            lease.token,
+            end.state,
+            end.event,
+            _json(end.data),
+            end.execution_mode or "",
+            field,
+            value,
+        )
+        return bool(answer == "done")
+
+    def give_back(self, lease: Lease, *, reason: str) -> bool:
+        """See JobStore."""
+        return bool(self._scripts.run("give_back", lease.job_id, lease.token, json.dumps(reason)) == "done")
+
+    def cancel(self, job_id: str) -> CancelOutcome:
+        """See JobStore."""
+        answer = self._scripts.run("cancel", job_id)
+        if answer is None:
+            raise _unknown(job_id)
+        return CancelOutcome(answer)
+
+    def purge(self, job_id: str) -> None:
+        """See JobStore."""
+        self._scripts.run("purge", job_id)
+
+    def reconcile(self, *, unclaimed_after_ms: int = 5_000) -> Reconciled:
+        """See JobStore."""
+        resend: list[tuple[str, str]] = []
+        expired: list[str] = []
+        with reaching_store():
+            queues = self._client.smembers(self._key("queues"))
+        for queue in sorted(queues):
+            lapsed, unclaimed = self._scripts.run("overdue", "", queue, unclaimed_after_ms, OVERDUE_LIMIT)
+            requeued = [job_id for job_id in lapsed if self._scripts.run("expire", job_id) is not None]
+            expired += requeued
+            resend += [(job_id, queue) for job_id in (*requeued, *unclaimed)]
+        return Reconciled(resend, expired)
+
+    def expired(self, limit: int = 100) -> Sequence[StoredJob]:
+        """See JobStore."""
+        with reaching_store():
+            now_ms = self._now_ms()
+            ids = self._client.zrange(self._key("finished"), "-inf", now_ms, byscore=True, offset=0, num=limit)
+            records = self._records(ids)
+        for job_id, fields in zip(ids, records, strict=True):
+            if fields is None:  # Redis dropped the record before the sweeper came
+                self.purge(job_id)
+        return [_stored(job_id, fields) for job_id, fields in zip(ids, records, strict=True) if fields is not None]
+
+    def events(self, job_id: str, *, after: int = 0) -> Sequence[Event]:
+        """See JobStore."""
+        with reaching_store():
+            entries = self._client.xrange(self._key("log", job_id), min=f"({max(0, after)}-0")
+            if not entries and not self._client.exists(self._key("job", job_id)):
+                raise _unknown(job_id)
+        return [Event.model_validate_json(entry["event"]) for _, entry in entries]
+
+    def depth(self, queue: str) -> QueueDepth:
+        """See JobStore."""
+        with reaching_store():
+            waiting, running = (
+                self._client.pipeline(transaction=False)
+                .zcard(self._key("waiting", queue))
+                .zcard(self._key("running", queue))
+                .execute()
+            )
+        return QueueDepth(waiting, running)
+
+    def position(self, job_id: str) -> int | None:
+        """See JobStore."""
+        rank = self._scripts.run("position", job_id)
+        if rank is None:
+            raise _unknown(job_id)
+        return rank or None
+
+    def queues(self) -> Sequence[str]:
+        """See JobStore."""
+        with reaching_store():
+            names = sorted(self._client.smembers(self._key("queues")))
+        depths = {name: self.depth(name) for name in names}
+        return [name for name in names if depths[name] != QueueDepth(0, 0)]
+
+    def state_counts(self) -> Mapping[tuple[str, str, str, str], int]:
+        """See JobStore."""
+        with reaching_store():
+            counts = self._client.hgetall(self._key("states"))
+        return {
+            (task, model, mode, state): int(n)
+            for key, n in counts.items()
+            for task, model, mode, state in [key.split("|")]
+        }
+
+    def ping(self) -> None:
+        """See JobStore."""
+        with reaching_store():
+            self._client.ping()
+
+    def _key(self, *parts: str) -> str:
+        return ":".join((self._prefix, *parts))
+
+    def _now_ms(self) -> int:
+        seconds, micros = self._client.time()
+        return int(seconds) * 1000 + int(micros) // 1000
+
+    def _records(self, job_ids: Sequence[str]) -> list[dict[str, str] | None]:
+        """The records' fields, results left out; None for those that are gone."""
+        if not job_ids:
+            return []
+        pipeline = self._client.pipeline(transaction=False)
+        for job_id in job_ids:
+            pipeline.hmget(self._key("job", job_id), _FIELDS_OF_PAGE)
+        named = (zip(_FIELDS_OF_PAGE, values, strict=True) for values in pipeline.execute())
+        records = [{name: value for name, value in fields if value is not None} for fields in named]
+        return [fields or None for fields in records]
+
+
+def _json(value: JsonObject) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def _unknown(job_id: str) -> JobNotFound:
+    return JobNotFound(f"There is no job {job_id[:64]!r}.", "It may have expired, or been purged.")
+
+
+def _stored(job_id: str, fields: Mapping[str, str]) -> StoredJob:
+    """Parses a record as Redis holds it, once."""
+    resolved = ResolvedRequest.model_validate_json(fields["resolved"])
+    state = JobState(fields["state"])
+
+    def number(name: str) -> int | None:
+        return int(fields[name]) if name in fields else None
+
+    step, total = number("step"), number("total")
+    record = JobRecord(
+        id=job_id,
+        job_id=job_id,
+        state=state,
+        phase=Phase(fields["phase"]) if "phase" in fields else None,
+        progress=progress(step, total) if step is not None and total is not None else None,
+        queue=QueueStatus(name=fields["queue"], workers=0) if state is JobState.QUEUED else None,
+        priority=resolved.priority,
+        attempt=int(fields["attempt"]),
+        cancel_requested="cancel_requested" in fields,
+        backend=resolved.backend,
+        request=json.loads(fields["request"]),
+        metadata=resolved.metadata,
+        error=ErrorInfo.model_validate_json(fields["error"]) if "error" in fields else None,
+        trace_id=fields.get("trace_id"),
+        worker_id=fields.get("worker_id"),
+        execution_mode=ExecutionMode(fields["execution_mode"]) if "execution_mode" in fields else None,
+        enqueued_at_ms=int(fields["enqueued_at_ms"]),
+        started_at_ms=number("started_at_ms"),
+        finished_at_ms=number("finished_at_ms"),
+        expires_at_ms=number("expires_at_ms"),
+        result=GenerateResult.model_validate_json(fields["result"]) if "result" in fields else None,
+    )
+    return StoredJob(
+        record,
+        owner=fields["owner"],
+        queue=fields["queue"],
+        resolved=resolved,
+        traceparent=fields.get("traceparent"),
+        lease_expires_at_ms=number("lease_expires_at_ms"),
+        last_seq=int(fields["seq"]),
+    )

@@ -1,0 +1,105 @@
+-- Prepended to every script: the keys, the clock, and the moves of a job's life.
+--   ARGV: prefix, job id ("" where the script is about no single job), job_ttl_ms, call, then the script's own
+-- Keys follow from the prefix and the record (its queue, its owner), so the scripts need one Redis, not a cluster.
+
+local prefix, id, job_ttl_ms, call = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
+
+local LOG_LENGTH = 1000
+local DAY_MS = 24 * 3600 * 1000
+
+local MOVES = {
+  queued = { running = true, cancelled = true, failed = true },
+  running = { queued = true, succeeded = true, failed = true, cancelled = true },
+  succeeded = {},
+  failed = {},
+  cancelled = {},
+}
+
+local job_key, log_key = prefix .. ':job:' .. id, prefix .. ':log:' .. id
+local queues_key, finished_key, states_key = prefix .. ':queues', prefix .. ':finished', prefix .. ':states'
+
+local function waiting_key(queue) return prefix .. ':waiting:' .. queue end -- id → serial, the order of arrival
+local function sent_key(queue) return prefix .. ':sent:' .. queue end -- waiting id → when its message was last sent
+local function running_key(queue) return prefix .. ':running:' .. queue end -- id → when its lease expires
+local function owner_key(owner) return prefix .. ':owner:' .. owner end -- id → serial
+
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+
+local FIELDS = {
+  'state', 'queue', 'owner', 'serial', 'task', 'model', 'execution_mode', 'attempt', 'token', 'lease_expires_at_ms',
+  'cancel_requested', 'call', 'answer',
+}
+
+-- What the scripts need of the record, or nil for an unknown job.
+local function load()
+  local values = redis.call('HMGET', job_key, unpack(FIELDS))
+  if not values[1] then return nil end
+  local job = {}
+  for i, field in ipairs(FIELDS) do job[field] = values[i] or nil end
+  return job
+end
+
+-- A client that lost the answer to a call sends the call again: it gets the answer and changes nothing twice.
+local function answer(value)
+  redis.call('HSET', job_key, 'call', call, 'answer', value)
+  return value
+end
+
+local function held(job, token) return job and job.state == 'running' and job.token == token end
+
+local function over(job) return next(MOVES[job.state]) == nil end
+
+-- `stage` and `data` are JSON already. The log, and whoever watches, get the same text.
+local function append(event, stage, data)
+  local seq = redis.call('HINCRBY', job_key, 'seq', 1)
+  local text = string.format('{"seq":%d,"event":"%s","stage":', seq, event) .. stage
+    .. string.format(',"timestamp_ms":%d,"data":', now) .. data .. '}'
+  redis.call('XADD', log_key, 'MAXLEN', LOG_LENGTH, string.format('%d-0', seq), 'event', text)
+  redis.call('PUBLISH', prefix .. ':events:' .. id, text)
+end
+
+local function count(job, state)
+  local mode = job.execution_mode or 'unknown'
+  redis.call('HINCRBY', states_key, job.task .. '|' .. job.model .. '|' .. mode .. '|' .. state, 1)
+end
+
+-- Call it before any other write: a move that is not allowed stops the script here.
+local function enter(job, state)
+  if not MOVES[job.state][state] then
+    error({ err = 'ILLEGALMOVE ' .. job.state .. ' to ' .. state })
+  end
+  redis.call('HSET', job_key, 'state', state)
+  redis.call('HDEL', job_key, 'phase', 'token', 'lease_expires_at_ms')
+  redis.call('ZREM', waiting_key(job.queue), id)
+  redis.call('ZREM', sent_key(job.queue), id)
+  redis.call('ZREM', running_key(job.queue), id)
+  count(job, state)
+  job.state = state
+end
+
+local function wait_in_queue(job)
+  redis.call('ZADD', waiting_key(job.queue), job.serial, id)
+  redis.call('ZADD', sent_key(job.queue), now, id)
+  redis.call('SADD', queues_key, job.queue)
+end
+
+-- The keys outlive `expires_at_ms` by a day, so that the sweeper finds them; should it never come, Redis drops them.
+local function finish(job, state, event, data)
+  enter(job, state)
+  local expires_at_ms = now + job_ttl_ms
+  redis.call('HSET', job_key, 'finished_at_ms', now, 'expires_at_ms', expires_at_ms)
+  redis.call('ZADD', finished_key, expires_at_ms, id)
+  append(event, '"job"', data)
+  redis.call('PEXPIREAT', job_key, expires_at_ms + DAY_MS)
+  redis.call('PEXPIREAT', log_key, expires_at_ms + DAY_MS)
+end
+
+-- An attempt is over and the job is not: back to its old place in the queue, unless nobody wants it any more.
+local function release(job, reason)
+  if job.cancel_requested then return finish(job, 'cancelled', 'job_cancelled', '{}') end
+  enter(job, 'queued')
+  redis.call('HDEL', job_key, 'worker_id', 'started_at_ms', 'step', 'total')
+  wait_in_queue(job)
+  append('job_requeued', '"job"', '{"attempt":' .. job.attempt .. ',"reason":' .. reason .. '}')
+end
