@@ -20,13 +20,19 @@ _CLASSES = {
 }
 
 
-def load(spec: ModelSpec, task: Task, request: LoadRequest) -> Any:
-    """The pipeline of the task, from a classic folder of safetensors. Raises OSError when the folder is not whole."""
-    return load_diffusers(_CLASSES[task], request)
+def load(spec: ModelSpec, request: LoadRequest) -> Any:
+    """A pipeline for each task, from a classic folder of safetensors. Raises OSError when the folder is not whole."""
+    return load_diffusers({task: _CLASSES[task] for task in spec.tasks}, request)
 
 
 def _task(
-    task: Task, *, strength: float = 0.0, steps: int = 30, guidance: float = 7.5, scheduler: str = "euler-discrete", **more: Any
+    task: Task,
+    *,
+    strength: float = 0.0,
+    steps: int = 30,
+    guidance: float = 7.5,
+    scheduler: str = "euler-discrete",
+    **more: Any,
 ) -> TaskSpec:
     pictures = {Task.TEXT2IMAGE: (), Task.IMAGE2IMAGE: ("image",), Task.INPAINT: ("image", "mask")}[task]
     fields: list[Option] = [

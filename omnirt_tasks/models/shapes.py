@@ -11,9 +11,9 @@ from omnirt_tasks.registry.spec import LoadRequest, ModelSpec, TaskSpec
 SIZE_PX = 64
 
 
-def load(spec: ModelSpec, task: Task, request: LoadRequest) -> Any:
+def load(spec: ModelSpec, request: LoadRequest) -> Any:
     """The SDXL pipeline of the shipped weights. Raises OSError when the folder is not whole."""
-    return load_diffusers("StableDiffusionXLPipeline", request)
+    return load_diffusers({Task.TEXT2IMAGE: "StableDiffusionXLPipeline"}, request)
 
 
 SPECS = (
@@ -36,7 +36,9 @@ SPECS = (
                         # It was trained on this one size; the field is there so that a client may state it.
                         options.size("width", SIZE_PX, minimum_px=SIZE_PX, maximum_px=SIZE_PX),
                         options.size("height", SIZE_PX, minimum_px=SIZE_PX, maximum_px=SIZE_PX),
-                        options.scheduler("native", ("native", "euler-discrete", "ddim", "dpm-solver", "euler-ancestral")),
+                        options.scheduler(
+                            "native", ("native", "euler-discrete", "ddim", "dpm-solver", "euler-ancestral")
+                        ),
                         options.dtype("fp32"),
                     )
                 ),

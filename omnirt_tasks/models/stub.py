@@ -31,7 +31,9 @@ SPECS = (
                         options.size("width", 64, maximum_px=512),
                         options.size("height", 64, maximum_px=512),
                         Option("step_ms", OptionKind.NUMBER, 0.0, "What a step costs.", 0, HOUR_MS, unit="ms"),
-                        Option("item_ms", OptionKind.NUMBER, 0.0, "What each member adds to a step.", 0, HOUR_MS, unit="ms"),
+                        Option(
+                            "item_ms", OptionKind.NUMBER, 0.0, "What each member adds to a step.", 0, HOUR_MS, unit="ms"
+                        ),
                         _at_step("fail_at_step", "The step that raises."),
                         Option("non_finite", OptionKind.BOOLEAN, False, "Whether the output holds NaN."),
                         Option(

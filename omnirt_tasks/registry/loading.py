@@ -1,14 +1,18 @@
 """Loading a diffusers pipeline from a local folder, as families do it; torch is imported inside."""
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
+from omnirt_tasks.contract import Task
 from omnirt_tasks.errors import ConfigurationError
 from omnirt_tasks.registry.spec import LoadRequest
 
 
-def load_diffusers(class_name: str, request: LoadRequest) -> Any:
-    """The pipeline of that diffusers class, on the request's device in its dtype; safetensors and local files only.
+def load_diffusers(class_names: Mapping[Task, str], request: LoadRequest) -> dict[Task, Any]:
+    """A pipeline for each task, of the diffusers class named, on the request's device in its dtype.
 
+    They share one set of components. Safetensors and local files only.
     Raises ConfigurationError when the folder is not there, OSError when it is not whole.
     """
     if not (request.folder / "model_index.json").is_file():
@@ -19,8 +23,18 @@ def load_diffusers(class_name: str, request: LoadRequest) -> Any:
     import torch
 
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[request.dtype]
+    (first, class_name), *others = class_names.items()
     pipeline = getattr(diffusers, class_name).from_pretrained(
-        str(request.folder), torch_dtype=dtype, local_files_only=True, use_safetensors=True
+        str(request.folder), dtype=dtype, local_files_only=True, use_safetensors=True
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(request.device)
+    pipeline.to(request.device)
+    # A task's own pipeline keeps the plain values of the shipped configuration (requires_aesthetics_score…).
+    plain = {name: value for name, value in pipeline.config.items() if not isinstance(value, list | tuple)}
+    pipelines = {first: pipeline}
+    for task, name in others:
+        kind = getattr(diffusers, name)
+        takes = inspect.signature(kind.__init__).parameters
+        pipelines[task] = kind(
+            **{parameter: value for parameter, value in {**plain, **pipeline.components}.items() if parameter in takes}
+        )
+    return pipelines

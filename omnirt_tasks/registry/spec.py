@@ -60,8 +60,9 @@ class LoadRequest:
     dtype: str
 
 
-# Returns what the executor of the spec's execution mode runs: for `legacy_call` a diffusers pipeline on the device.
-Loader = Callable[["ModelSpec", Task, LoadRequest], Any]
+# Returns what the executor of the spec's execution mode runs: for `legacy_call` a mapping of each of the model's tasks
+# to a diffusers pipeline on the device; the pipelines share their components, so that weights are loaded once.
+Loader = Callable[["ModelSpec", LoadRequest], Any]
 
 
 @dataclass(frozen=True)

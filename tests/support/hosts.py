@@ -1,0 +1,162 @@
+"""Thread hosts for tests: the stub, and a tiny model of the real classes; one way to order a picture from either."""
+
+import dataclasses
+import itertools
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from omnirt_tasks.contract import EventName, Inputs, ResolvedRequest, Task
+from omnirt_tasks.contract.base import JsonObject
+from omnirt_tasks.registry import LoadRequest, ModelSpec, discover
+from workers.backends import driver
+from workers.host import HostEvent, RunOrder, RunOutcome
+from workers.thread_host import ThreadHost
+
+RUN_TIMEOUT_S = 30.0
+
+
+class Recorder:
+    """Keeps a run's events in order; `on` runs an action in the run's own thread when an event of that name comes."""
+
+    def __init__(self) -> None:
+        self.events: list[HostEvent] = []
+        self._actions: list[tuple[EventName, int, Callable[[], object]]] = []
+
+    def __call__(self, event: HostEvent) -> None:
+        self.events.append(event)
+        seen = len(self.named(event.event))
+        for name, count, action in self._actions:
+            if name is event.event and count == seen:
+                action()
+
+    def on(self, name: EventName, action: Callable[[], object], *, count: int = 1) -> "Recorder":
+        """Run the action at the `count`-th event of this name."""
+        self._actions.append((name, count, action))
+        return self
+
+    def named(self, name: EventName) -> list[HostEvent]:
+        return [event for event in self.events if event.event is name]
+
+    @property
+    def progress(self) -> list[tuple[Any, Any]]:
+        """(step, total) of each step."""
+        return [(event.data["step"], event.data["total"]) for event in self.named(EventName.STAGE_PROGRESS)]
+
+    @property
+    def stages(self) -> list[str]:
+        return [event.stage for event in self.named(EventName.STAGE_START)]
+
+
+class Bench:
+    """A host with one model, and orders for it."""
+
+    def __init__(self, host: ThreadHost, model: str, tmp_path: Path) -> None:
+        self.host = host
+        self.model = model
+        self._tmp_path = tmp_path
+        self._numbers = itertools.count(1)
+
+    def order(
+        self,
+        *,
+        prompt: str = "a red circle",
+        task: Task = Task.TEXT2IMAGE,
+        files: Mapping[str, Path] | None = None,
+        preview_every_steps: int = 0,
+        job_id: str | None = None,
+        attempt: int = 1,
+        model: str | None = None,
+        **config: Any,
+    ) -> RunOrder:
+        """An order of a 64x64 picture in 4 steps with seed 5, unless `config` says otherwise."""
+        number = next(self._numbers)
+        output_dir = self._tmp_path / f"outputs-{number}"
+        output_dir.mkdir()
+        full: JsonObject = {
+            "preset": "balanced",
+            "seed": 5,
+            "num_inference_steps": 4,
+            "guidance_scale": 5.0,
+            "num_images_per_prompt": 1,
+            "width": 64,
+            "height": 64,
+            "scheduler": "native",
+            "dtype": "fp32",
+        }
+        request = ResolvedRequest(
+            task=task,
+            model=model or self.model,
+            backend=self.host.capability().backend,
+            inputs=Inputs(prompt=prompt),
+            config=full | config,
+        )
+        return RunOrder(job_id or f"job-{number}", attempt, request, output_dir, dict(files or {}), preview_every_steps)
+
+    def run(self, order: RunOrder | None = None, recorder: Recorder | None = None, **wishes: Any) -> RunOutcome:
+        """Run an order to its end."""
+        order = order or self.order(**wishes)
+        return self.host.submit(order, recorder or Recorder()).result(RUN_TIMEOUT_S)
+
+
+def stub_bench(tmp_path: Path, *, cache_size: int = 2) -> Bench:
+    spec = discover().find("stub")
+    host = ThreadHost(
+        backend=driver("cpu-stub"),
+        catalog=discover(),
+        models=[spec],
+        folders={},
+        cache_size=cache_size,
+        concurrency=8,
+    )
+    return Bench(host, spec.id, tmp_path)
+
+
+class Loads:
+    """A family's loader that keeps what it loaded, so that a test can look at the modules or spoil them."""
+
+    def __init__(self, spec: ModelSpec, dtype: str | None = None) -> None:
+        assert spec.loader is not None
+        self._load = spec.loader
+        self._dtype = dtype
+        self.pipelines: list[Mapping[Task, Any]] = []
+        self.threads: list[str] = []
+
+    def __call__(self, spec: ModelSpec, request: LoadRequest) -> Mapping[Task, Any]:
+        if self._dtype is not None:
+            request = dataclasses.replace(request, dtype=self._dtype)
+        loaded: Mapping[Task, Any] = self._load(spec, request)
+        self.pipelines.append(loaded)
+        self.threads.append(threading.current_thread().name)
+        return loaded
+
+    @property
+    def module(self) -> Any:
+        """The pipeline that was loaded last."""
+        return next(iter(self.pipelines[-1].values()))
+
+
+def sdxl_bench(
+    tmp_path: Path,
+    folder: Path,
+    *,
+    cache_size: int = 2,
+    dtype: str | None = None,
+    more: Mapping[str, Path] | None = None,
+) -> tuple[Bench, Loads]:
+    """A host of `sdxl-base-1.0` with the weights of `folder`; `dtype` overrides what the device can do."""
+    catalog = discover()
+    base = catalog.find("sdxl-base-1.0")
+    loads = Loads(base, dtype)
+    folders = {base.id: folder, **(more or {})}
+    models = [dataclasses.replace(catalog.find(model), loader=loads) for model in folders]
+    host = ThreadHost(
+        backend=driver("cpu", torch_threads=1),
+        catalog=catalog,
+        models=models,
+        folders=folders,
+        cache_size=cache_size,
+        concurrency=8,
+    )
+    return Bench(host, base.id, tmp_path), loads

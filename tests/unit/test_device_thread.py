@@ -1,0 +1,170 @@
+"""The device thread makes every call, one after another, and lets go of what it was given."""
+
+import gc
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import pytest
+
+from tests.support.waiting import eventually
+from workers.backends.stub import StubDriver
+from workers.device import DeviceCall, DeviceClosed, DeviceThread
+
+TIMEOUT_S = 10.0
+
+
+class GuardedDriver(StubDriver):
+    """Keeps what it was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.guarded: list[int] = []
+        self.synchronized: list[int] = []
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        self.guarded.append(threading.get_ident())
+        yield
+
+    def synchronize(self) -> None:
+        self.synchronized.append(threading.get_ident())
+
+
+def call(function: Callable[..., Any], *args: Any) -> DeviceCall:
+    return DeviceCall(module=None, function=function, args=args)
+
+
+@pytest.fixture
+def driver() -> GuardedDriver:
+    return GuardedDriver()
+
+
+@pytest.fixture
+def device(driver: GuardedDriver) -> Iterator[DeviceThread]:
+    thread = DeviceThread(driver)
+    yield thread
+    thread.close()
+
+
+def test_every_call_is_made_in_one_thread_under_the_guard(device: DeviceThread, driver: GuardedDriver) -> None:
+    futures = [device.submit(call(threading.get_ident)) for _ in range(20)]
+    assert {future.result(TIMEOUT_S) for future in futures} == {device.ident}
+    assert driver.guarded == [device.ident]
+    assert driver.synchronized == [device.ident] * 20
+
+
+def test_calls_are_made_in_the_order_in_which_they_came(device: DeviceThread) -> None:
+    order: list[int] = []
+    futures = [device.submit(call(order.append, number)) for number in range(50)]
+    for future in futures:
+        future.result(TIMEOUT_S)
+    assert order == list(range(50))
+
+
+def test_what_a_call_raises_reaches_its_caller_and_the_next_call_is_made(device: DeviceThread) -> None:
+    def burst() -> None:
+        raise SystemExit("a model's last words")
+
+    with pytest.raises(SystemExit):
+        device.submit(call(burst)).result(TIMEOUT_S)
+    assert device.submit(call(lambda: 7)).result(TIMEOUT_S) == 7
+
+
+def test_a_call_that_is_cancelled_before_it_begins_is_never_made(device: DeviceThread) -> None:
+    release, made = threading.Event(), threading.Event()
+    first = device.submit(call(release.wait, TIMEOUT_S))
+    second = device.submit(call(made.set))
+    assert second.cancel()
+    release.set()
+    first.result(TIMEOUT_S)
+    device.submit(call(lambda: None)).result(TIMEOUT_S)
+    assert not made.is_set()
+    with pytest.raises(CancelledError):
+        second.result(TIMEOUT_S)
+
+
+def test_busy_tells_how_long_the_call_in_hand_has_lasted(device: DeviceThread) -> None:
+    assert device.busy_for_s() is None
+    release = threading.Event()
+    future = device.submit(call(release.wait, TIMEOUT_S))
+    eventually(lambda: (device.busy_for_s() or 0.0) > 0.02)
+    release.set()
+    future.result(TIMEOUT_S)
+    eventually(lambda: device.busy_for_s() is None)
+
+
+def test_a_result_does_not_live_until_the_next_call(device: DeviceThread) -> None:
+    class Tensor:
+        pass
+
+    given, future = Tensor(), None
+    alive = weakref.ref(given)
+    future = device.submit(call(lambda tensor: [tensor], given))
+    future.result(TIMEOUT_S)
+    del given, future
+    eventually(lambda: gc.collect() is not None and alive() is None)
+
+
+def test_after_closing_no_call_is_taken_and_those_that_wait_fail(driver: GuardedDriver) -> None:
+    device = DeviceThread(driver)
+    release = threading.Event()
+    in_hand = device.submit(call(release.wait, TIMEOUT_S))
+    waiting = device.submit(call(lambda: None))
+    eventually(lambda: device.busy_for_s() is not None)
+    closer = threading.Thread(target=device.close)
+    closer.start()
+    assert device.closing.wait(TIMEOUT_S)
+    release.set()
+    closer.join(TIMEOUT_S)
+    assert in_hand.result(TIMEOUT_S) is True
+    with pytest.raises(DeviceClosed):
+        waiting.result(TIMEOUT_S)
+    with pytest.raises(DeviceClosed):
+        device.submit(call(lambda: None))
+    assert not device.alive
+
+
+def test_closing_does_not_wait_for_a_call_that_never_returns(driver: GuardedDriver) -> None:
+    device = DeviceThread(driver)
+    release = threading.Event()
+    in_hand, waiting = device.submit(call(release.wait, TIMEOUT_S)), device.submit(call(lambda: None))
+    eventually(lambda: device.busy_for_s() is not None)
+    assert not device.close(timeout_s=0.05)
+    for future in (in_hand, waiting):
+        with pytest.raises(DeviceClosed):
+            future.result(TIMEOUT_S)
+    release.set()  # it returns after all: the thread ends, and the late result hurts nobody
+    assert device.close(timeout_s=TIMEOUT_S)
+
+
+def test_a_device_that_cannot_be_held_says_so_at_once() -> None:
+    class Broken(StubDriver):
+        def guard(self) -> AbstractContextManager[None]:
+            raise RuntimeError("no such device")
+
+    with pytest.raises(RuntimeError, match="no such device"):
+        DeviceThread(Broken())
+
+
+def test_the_stub_runs_where_torch_cannot_be_imported() -> None:
+    script = """
+import sys, tempfile
+from pathlib import Path
+for name in ("torch", "diffusers", "transformers", "numpy"):
+    sys.modules[name] = None
+from tests.support.hosts import stub_bench
+from workers.host import RunSucceeded
+with tempfile.TemporaryDirectory() as folder:
+    bench = stub_bench(Path(folder))
+    outcome = bench.run(preview_every_steps=2)
+    assert isinstance(outcome, RunSucceeded), outcome
+    bench.host.close()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr

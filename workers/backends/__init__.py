@@ -1,0 +1,86 @@
+"""What each kind of device is: how to find it, hold it, measure it and let it go. It has not heard of jobs."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from omnirt_tasks.contract import Backend
+from omnirt_tasks.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """One device: `device` is its name ("cuda:0", "cpu:0"), `memory_bytes` None where it cannot be told."""
+
+    device: str
+    name: str
+    memory_bytes: int | None
+    dtypes: tuple[str, ...]
+
+
+class BackendDriver(Protocol):
+    """One device of one backend. Safe to share between threads."""
+
+    @property
+    def name(self) -> str:
+        """The backend's name, as in a request."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """The device's name, one of those that `probe` finds."""
+        ...
+
+    @property
+    def torch_device(self) -> str:
+        """The device's name for torch."""
+        ...
+
+    def probe(self) -> tuple[DeviceInfo, ...]:
+        """Every device of this backend on this host; empty when there is none, or its software is not installed."""
+        ...
+
+    def guard(self) -> AbstractContextManager[None]:
+        """What a thread that computes on the device is inside of: its device, its threads, no gradients."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait for the device's work, so that its errors and its time belong to the call that made it."""
+        ...
+
+    def peak_memory_bytes(self) -> int | None:
+        """The most memory that this process has held; None where it cannot be told."""
+        ...
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Whether the error says that memory was too small."""
+        ...
+
+    def release(self) -> None:
+        """Give back memory that nothing uses any more."""
+        ...
+
+
+def driver(name: str, device: str | None = None, torch_threads: int | None = None) -> BackendDriver:
+    """The driver of one device: `device` by name, else the backend's first.
+
+    `torch_threads` bounds the CPU threads of one operation; torch's own choice by default.
+    Raises ConfigurationError for a backend that this installation has no driver for.
+    """
+    match name:
+        case Backend.CPU:
+            from workers.backends.cpu import CpuDriver
+
+            return CpuDriver(device or "cpu:0", torch_threads)
+        case Backend.CUDA:
+            from workers.backends.cuda import CudaDriver
+
+            return CudaDriver(device or "cuda:0", torch_threads)
+        case Backend.CPU_STUB:
+            from workers.backends.stub import StubDriver
+
+            return StubDriver(device or "cpu-stub:0")
+        case _:
+            raise ConfigurationError(
+                f"The backend {name!r} has no driver here.", "Use cuda, cpu or cpu-stub: a queue is named cuda-sdxl."
+            )

@@ -1,0 +1,71 @@
+"""The CPU, through torch."""
+
+import gc
+import importlib.util
+import os
+import platform
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from workers.backends import DeviceInfo
+
+
+class CpuDriver:
+    """The host's processors as one device; several workers may share them, each under a number of its own."""
+
+    name = "cpu"
+    torch_device = "cpu"
+
+    def __init__(self, device: str = "cpu:0", torch_threads: int | None = None) -> None:
+        self.device = device
+        self._torch_threads = torch_threads
+
+    def probe(self) -> tuple[DeviceInfo, ...]:
+        if importlib.util.find_spec("torch") is None:
+            return ()
+        # Half precision is left out: most processors emulate it, slower than fp32.
+        return (DeviceInfo(self.device, _processor(), host_memory_bytes(), ("fp32", "bf16")),)
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        import torch
+
+        if self._torch_threads is not None:
+            torch.set_num_threads(self._torch_threads)
+        with torch.no_grad():  # grad mode is the thread's own
+            yield
+
+    def synchronize(self) -> None:
+        """Nothing: a call returns when it is done."""
+
+    def peak_memory_bytes(self) -> int | None:
+        return process_peak_bytes()
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        return isinstance(error, MemoryError) or (
+            # torch has no class for it on the CPU; both allocators write this.
+            isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        )
+
+    def release(self) -> None:
+        gc.collect()  # a wrapped module is part of a cycle
+
+
+def host_memory_bytes() -> int | None:
+    """The host's memory; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None
+
+
+def process_peak_bytes() -> int:
+    """The most memory that this process has had resident."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _processor() -> str:
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count() or 1} cores"

@@ -1,0 +1,51 @@
+"""How a model is run, by execution mode. An executor has not heard of Celery, nor of queues.
+
+load(spec, request) ─► LoadedModel      once, shared by every job that needs these weights
+run(model, order, job) ─► OutputFile…   once per job, in the job's own thread
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from omnirt_tasks.contract import Backend, ExecutionMode
+from omnirt_tasks.errors import ConfigurationError
+from omnirt_tasks.registry import LoadRequest, ModelSpec
+from workers.context import JobContext
+from workers.host import OutputFile, RunOrder
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What an executor loaded, for itself alone; `placement` maps each part to its device."""
+
+    content: Any = None
+    placement: Mapping[str, str] = field(default_factory=dict)
+
+
+class Executor(Protocol):
+    """Loads models and runs jobs on them. Safe to share between threads."""
+
+    def load(self, spec: ModelSpec, request: LoadRequest) -> LoadedModel:
+        """The model, ready to run on the request's device."""
+        ...
+
+    def run(self, model: LoadedModel, order: RunOrder, job: JobContext) -> tuple[OutputFile, ...]:
+        """Run the job to its end, as the current job of the thread, and leave its outputs in the order's folder.
+
+        Nothing of `model` is changed. Raises Interrupted, a JobError, or whatever the model's code raises.
+        """
+        ...
+
+
+def executor_for(backend: str, mode: ExecutionMode) -> Executor:
+    """The executor of a mode on a backend. Raises ConfigurationError for a mode that this worker cannot run."""
+    if backend == Backend.CPU_STUB:
+        from workers.executors.stub import StubExecutor
+
+        return StubExecutor()
+    if mode is ExecutionMode.LEGACY_CALL:
+        from workers.executors.legacy_call import LegacyCallExecutor
+
+        return LegacyCallExecutor()
+    raise ConfigurationError(f"This worker has no executor for the mode {mode.value!r}.", "Run the model elsewhere.")
