@@ -1,0 +1,116 @@
+"""`omnirt jobs`: what a gateway's jobs are doing."""
+
+import itertools
+import json
+from datetime import datetime
+from pathlib import Path
+
+import click
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from omnirt_tasks.cli.generate import finish, timeout_option
+from omnirt_tasks.cli.options import client_of, json_option, url_option
+from omnirt_tasks.cli.outputs import downloads
+from omnirt_tasks.cli.progress import JobProgress
+from omnirt_tasks.contract import CancelOutcome, JobRecord, JobState
+
+_COLOURS = {
+    JobState.QUEUED: "yellow",
+    JobState.RUNNING: "cyan",
+    JobState.SUCCEEDED: "green",
+    JobState.FAILED: "red",
+    JobState.CANCELLED: "magenta",
+}
+_OUTCOMES = {
+    CancelOutcome.CANCELLED: "cancelled",
+    CancelOutcome.REQUESTED: "asked to stop; it ends at its next step",
+    CancelOutcome.ALREADY_FINISHED: "already over; nothing changed",
+}
+
+
+@click.group()
+def jobs() -> None:
+    """List, show, watch and cancel the jobs of a gateway."""
+
+
+@jobs.command("list")
+@click.option("--state", type=click.Choice([state.value for state in JobState]), help="Only jobs in this state.")
+@click.option("--model", metavar="ID", help="Only jobs of this model.")
+@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="The newest so many.")
+@url_option
+@json_option
+def list_jobs(state: str | None, model: str | None, limit: int, url: str | None, as_json: bool) -> None:
+    """List jobs, newest first."""
+    with client_of(url) as client:
+        wanted = None if state is None else JobState(state)
+        found = list(itertools.islice(client.jobs(state=wanted, model=model), limit))
+    if as_json:
+        click.echo(json.dumps([job.model_dump(mode="json") for job in found]))
+        return
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("job", no_wrap=True, min_width=36)  # whole, to be copied
+    for title in ("state", "progress", "model", "queued"):
+        table.add_column(title)
+    for job in found:
+        state = f"[{_COLOURS[job.state]}]{job.state}"
+        table.add_row(job.id, state, _progress(job), str(job.request.get("model")), _time(job.enqueued_at_ms))
+    Console().print(table)
+
+
+@jobs.command()
+@click.argument("job_id")
+@url_option
+@json_option
+def show(job_id: str, url: str | None, as_json: bool) -> None:
+    """Show one job."""
+    with client_of(url) as client:
+        job = client.job(job_id)
+    if as_json:
+        click.echo(job.model_dump_json())
+    else:
+        Console().print_json(job.model_dump_json(exclude_none=True))
+
+
+@jobs.command()
+@click.argument("job_id")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Save the outputs there, once it has succeeded.")
+@timeout_option
+@url_option
+@json_option
+def watch(job_id: str, output: Path | None, timeout_s: float | None, url: str | None, as_json: bool) -> None:
+    """Follow a job to its end. Ctrl-C stops watching; the job goes on."""
+    with client_of(url) as client:
+        with JobProgress() as progress:
+            for event in client.events(job_id, timeout_s=timeout_s):
+                progress.show(event)
+        finish(client.job(job_id), output, downloads(client), as_json=as_json)
+
+
+@jobs.command()
+@click.argument("job_ids", nargs=-1, required=True)
+@url_option
+@json_option
+def cancel(job_ids: tuple[str, ...], url: str | None, as_json: bool) -> None:
+    """Cancel jobs: queued ones at once, running ones at their next step."""
+    with client_of(url) as client:
+        outcomes = {job_id: client.cancel(job_id) for job_id in job_ids}
+    if as_json:
+        click.echo(json.dumps(outcomes))
+        return
+    for job_id, outcome in outcomes.items():
+        click.echo(f"{job_id}: {_OUTCOMES[outcome]}")
+
+
+def _progress(job: JobRecord) -> str:
+    if job.progress is not None:
+        return f"{job.progress.step}/{job.progress.total}"
+    if job.queue is not None and job.queue.position is not None:
+        return f"waits as {job.queue.position}."
+    return ""
+
+
+def _time(at_ms: int) -> str:
+    at = datetime.fromtimestamp(at_ms / 1000).astimezone()
+    return at.strftime("%H:%M:%S" if at.date() == datetime.now().astimezone().date() else "%Y-%m-%d")

@@ -1,0 +1,83 @@
+"""A job's progress on standard error: a bar on a terminal, a line per stage elsewhere."""
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from omnirt_tasks.contract import Event, EventName
+
+_SAID = {
+    "load": "loading the model",
+    "encode_prompt": "reading the prompt",
+    "denoise": "denoising",
+    "decode": "decoding",
+    "export": "saving",
+}
+
+
+class JobProgress:
+    """Shows what a job's events tell. Not shared between threads."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self._live = self._console.is_terminal
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description:<20}"),
+            BarColumn(bar_width=32),
+            TextColumn("{task.fields[steps]:>7}"),
+            TimeElapsedColumn(),
+            console=self._console,
+            disable=not self._live,
+        )
+        self._task: TaskID | None = None
+        self._said = ""
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        self._task = self._bar.add_task("submitting", total=None, steps="")
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def show(self, event: Event) -> None:
+        """Show one event."""
+        match event.event:
+            case EventName.JOB_ENQUEUED:
+                self._say(f"queued on {event.data.get('queue', '?')}")
+            case EventName.JOB_STARTED:
+                self._say("started")
+            case EventName.JOB_REQUEUED:
+                self._say("queued again")
+                self._steps(0, None)
+            case EventName.STAGE_START:
+                self._say(_SAID.get(event.stage, event.stage))
+            case EventName.STAGE_PROGRESS:
+                step, total = event.data.get("step"), event.data.get("total")
+                if isinstance(step, int) and isinstance(total, int):
+                    self._steps(step, total)
+            case EventName.JOB_FINISHED:
+                self._say("done")
+            case EventName.JOB_FAILED:
+                self._say("failed")
+            case EventName.JOB_CANCELLED:
+                self._say("cancelled")
+            case EventName.STAGE_END | EventName.STAGE_ERROR | EventName.CACHE_HIT | EventName.PREVIEW:
+                pass
+
+    def _say(self, words: str) -> None:
+        if self._task is not None and self._live:
+            self._bar.update(self._task, description=words)
+        elif words != self._said:
+            self._console.print(words, highlight=False, markup=False)
+        self._said = words
+
+    def _steps(self, step: int, total: int | None) -> None:
+        if self._task is not None:
+            steps = "" if total is None else f"{step}/{total}"
+            self._bar.update(self._task, completed=step, total=total, steps=steps)
