@@ -69,7 +69,7 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What the device side knows of a run for its report; `timings_ms` by stage, `peak_memory_bytes` when it can be told."""
+    """What the device side knows of a run for its report; `timings_ms` by stage, `peak_memory_bytes` when known."""
 
     execution_mode: ExecutionMode
     timings_ms: dict[str, float]

@@ -1,0 +1,152 @@
+"""OmniEngine: jobs in this process."""
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from omnirt_tasks.contract import CancelOutcome, EventName, JobRecord, JobState
+from omnirt_tasks.errors import BackendUnsupported, ConfigurationError, JobNotFound, JobTimeout, ValidationFailed
+from omnirt_tasks.settings import load_settings
+from omnirt_tasks.validation import parse_request
+from tests.support.waiting import eventually
+from workers.engine import OmniEngine
+
+
+@pytest.fixture
+def engine() -> Iterator[OmniEngine]:
+    with OmniEngine(backend="cpu-stub") as engine:
+        yield engine
+
+
+def submit(engine: OmniEngine, *, steps: int = 2, backend: str = "cpu-stub", **config: object) -> JobRecord:
+    body = {
+        "task": "text2image",
+        "model": "stub",
+        "backend": backend,
+        "inputs": {"prompt": "a red circle"},
+        "config": {"num_inference_steps": steps, **config},
+    }
+    return engine.submit(parse_request(body))
+
+
+def test_a_job_runs_to_local_files(engine: OmniEngine) -> None:
+    job = engine.wait(submit(engine, num_images_per_prompt=2, seed=5).id, timeout_s=30)
+
+    assert job.state is JobState.SUCCEEDED
+    assert job.result is not None
+    assert [output.seed for output in job.result.outputs] == [5, 6]
+    for output in job.result.outputs:
+        assert output.url is None
+        assert Path(output.path).read_bytes().startswith(b"\x89PNG")
+        assert Path(output.path).stat().st_size == output.size_bytes
+    assert job.result.metadata.batch_size == 1
+
+
+def test_its_files_go_to_the_folder_that_was_named_and_stay_there(tmp_path: Path) -> None:
+    with OmniEngine(backend="cpu-stub", output_dir=tmp_path / "out") as engine:
+        job = engine.wait(submit(engine).id, timeout_s=30)
+
+    assert job.result is not None
+    path = Path(job.result.outputs[0].path)
+    assert path.is_relative_to(tmp_path / "out")
+    assert path.is_file()
+
+
+def test_its_own_folder_goes_with_it() -> None:
+    with OmniEngine(backend="cpu-stub") as engine:
+        job = engine.wait(submit(engine).id, timeout_s=30)
+
+    assert job.result is not None
+    assert not Path(job.result.outputs[0].path).exists()
+
+
+def test_no_connection_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the engine opened a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    settings = load_settings(redis_url="redis://127.0.0.1:1/0")
+
+    with OmniEngine(backend="cpu-stub", settings=settings) as engine:
+        assert engine.wait(submit(engine).id, timeout_s=30).state is JobState.SUCCEEDED
+
+
+def test_its_events_come_in_order_and_end_with_the_terminal_one(engine: OmniEngine) -> None:
+    job = submit(engine, steps=5, step_ms=5)
+
+    events = list(engine.events(job.id, timeout_s=30))
+
+    assert [event.seq for event in events] == list(range(1, len(events) + 1))
+    assert [event.event for event in events if event.terminal] == [EventName.JOB_FINISHED]
+    assert events[-1].terminal
+    assert [event.data["step"] for event in events if event.event is EventName.STAGE_PROGRESS] == [1, 2, 3, 4, 5]
+
+
+def test_a_running_job_is_cancelled_at_its_next_step(engine: OmniEngine) -> None:
+    job = submit(engine, steps=200, step_ms=20)
+    eventually(lambda: engine.job(job.id).progress)
+
+    assert engine.cancel(job.id) is CancelOutcome.REQUESTED
+
+    assert engine.wait(job.id, timeout_s=5).state is JobState.CANCELLED
+    assert engine.cancel(job.id) is CancelOutcome.ALREADY_FINISHED
+
+
+def test_no_more_jobs_run_at_once_than_allowed_and_a_waiting_one_is_cancelled_at_once() -> None:
+    with OmniEngine(max_concurrency=1, backend="cpu-stub") as engine:
+        first = submit(engine, steps=100, step_ms=20)
+        eventually(lambda: engine.job(first.id).progress)
+        second = submit(engine)
+
+        assert engine.job(second.id).state is JobState.QUEUED
+        assert engine.cancel(second.id) is CancelOutcome.CANCELLED
+        assert engine.wait(second.id, timeout_s=1).state is JobState.CANCELLED
+        assert engine.job(first.id).state is JobState.RUNNING
+
+
+def test_a_failed_job_tells_its_error(engine: OmniEngine) -> None:
+    job = engine.wait(submit(engine, fail_at_step=1).id, timeout_s=30)
+
+    assert job.state is JobState.FAILED
+    assert job.error is not None
+    assert job.error.code == "model_failed"
+
+
+def test_waiting_too_long_is_a_timeout_and_the_job_goes_on(engine: OmniEngine) -> None:
+    job = submit(engine, steps=30, step_ms=20)
+
+    with pytest.raises(JobTimeout):
+        engine.wait(job.id, timeout_s=0.05)
+    with pytest.raises(JobTimeout):
+        list(engine.events(job.id, timeout_s=0.05))
+
+    assert engine.wait(job.id, timeout_s=30).state is JobState.SUCCEEDED
+
+
+def test_what_cannot_run_here_is_refused(engine: OmniEngine) -> None:
+    with pytest.raises(ValidationFailed):
+        submit(engine, steps=0)
+    shapes = {"task": "text2image", "model": "shapes", "inputs": {"prompt": "a red circle"}}
+    with pytest.raises(BackendUnsupported):
+        engine.submit(parse_request(shapes))
+    with pytest.raises(JobNotFound):
+        engine.wait("unknown", timeout_s=1)
+    with pytest.raises(ConfigurationError):
+        OmniEngine(backend="tpu")
+    with pytest.raises(ConfigurationError):
+        OmniEngine(max_concurrency=0)
+
+
+def test_closing_cancels_what_is_not_over(tmp_path: Path) -> None:
+    engine = OmniEngine(max_concurrency=1, backend="cpu-stub", output_dir=tmp_path)
+    jobs = [submit(engine, steps=200, step_ms=20) for _ in range(3)]
+    eventually(lambda: engine.job(jobs[0].id).progress)
+
+    engine.close()
+    engine.close()
+
+    assert {engine.job(job.id).state for job in jobs} == {JobState.CANCELLED}
+    with pytest.raises(ConfigurationError):
+        submit(engine)

@@ -1,0 +1,175 @@
+"""How a bare `celery -A omnirt_tasks worker -Q cpu-shapes` becomes a worker of this project.
+
+    celeryd_init          queues ─► backend ─► a free device ─► the node's name
+    DeviceStep.__init__   the queues that it serves, one for each subset of its tags
+    DeviceStep.start      begins to serve the device; worker_ready announces it
+    worker_shutting_down  grace, then every job is given back, so that Celery's warm shutdown ends
+    DeviceStep.stop       ends it all, once no job is in hand
+
+Celery sends these signals in worker processes alone. The receivers do nothing for an app that is not ours.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from celery import bootsteps, signals
+from celery.exceptions import WorkerShutdown
+
+from omnirt_tasks.celery_app import TasksApp
+from omnirt_tasks.errors import ConfigurationError, OmnirtError
+from omnirt_tasks.observability import logs
+from omnirt_tasks.registry import discover
+from omnirt_tasks.routing import queues_served
+from omnirt_tasks.settings import Settings
+from omnirt_tasks.tasks import GENERATE, send_job
+from workers.backends import driver
+from workers.devices import DeviceLock, devices_of, take_device
+from workers.plan import BY_PREFERENCE, Plan, plan_for_backend, plan_for_queues
+from workers.tasks import GenerateTask
+
+logger = logging.getLogger(__name__)
+
+CELERYS_OWN_NAME = "celery"
+EXIT_STUCK = 70
+TAKE_NOTHING = -1  # Celery takes 0 for the pool's size
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What a worker will serve, and the device it has for it."""
+
+    plan: Plan
+    device: DeviceLock
+
+
+def find_seat(queues: Sequence[str], settings: Settings) -> Seat:
+    """The seat of a worker with these `-Q` queues; without any, the best that this host has free.
+
+    Raises ConfigurationError, saying what to change, when there is none.
+    """
+    if queues:
+        return _take(plan_for_queues(queues, discover(), settings), settings)
+    reasons = []
+    for backend in BY_PREFERENCE:
+        plan = plan_for_backend(backend, discover(), settings)
+        if plan is None or not _devices(backend, settings):
+            continue
+        try:
+            return _take(plan, settings)
+        except ConfigurationError as error:
+            reasons.append(str(error))
+    raise ConfigurationError(
+        " ".join(reasons) or "This host has neither a device nor the weights for any model.",
+        "Name the queues to serve: celery -A omnirt_tasks worker -Q cpu-shapes.",
+    )
+
+
+def _take(plan: Plan, settings: Settings) -> Seat:
+    devices = _devices(plan.backend, settings)
+    return Seat(plan, take_device(plan.backend, devices, wanted=settings.device, run_dir=settings.run_dir))
+
+
+def _devices(backend: str, settings: Settings) -> tuple[str, ...]:
+    try:
+        probed = driver(backend).probe()
+    except ConfigurationError:  # no driver for it in this installation
+        return ()
+    return devices_of(backend, probed, cpu_devices=settings.cpu_devices)
+
+
+class DeviceStep(bootsteps.StartStopStep):
+    """Serves the device between the start of Celery's pool and the end of the last job."""
+
+    requires = ("celery.worker.components:Pool",)
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        super().__init__(worker, **options)
+        self._app: TasksApp = worker.app
+        self._seat: Seat = worker.seat
+        self._serving: Any = None
+        worker.app.amqp.queues.select(queues_served(self._seat.plan.queues, self._app.settings.tags))
+
+    def start(self, worker: Any) -> None:
+        from workers.serving import Serving  # the device side, with its heavy imports, in workers alone
+
+        def stuck() -> None:
+            worker.max_concurrency = TAKE_NOTHING
+            worker.hub.call_soon(_shut_down)
+
+        try:
+            self._serving = Serving(
+                self._app.settings,
+                self._seat.plan,
+                self._seat.device,
+                worker_id=worker.hostname,
+                concurrency=worker.concurrency,
+                resend=lambda job_id, queue: send_job(self._app, job_id, queue),
+                on_stuck=stuck,
+            )
+        except OmnirtError as error:
+            logger.critical("%s", error)
+            raise SystemExit(1) from error
+        task: Any = self._app.tasks[GENERATE]
+        task.runner = self._serving.runner
+        worker.max_concurrency = self._serving.concurrency  # the admission limit of `worker_disable_prefetch`
+        signals.worker_ready.connect(self._announce, weak=False)
+        signals.worker_shutting_down.connect(self._leave, weak=False)
+
+    def stop(self, worker: Any) -> None:
+        signals.worker_ready.disconnect(self._announce)
+        signals.worker_shutting_down.disconnect(self._leave)
+        self._leave()  # no signal tells of a shutdown by a control command
+        if self._serving is not None:
+            self._serving.close()
+        self._seat.device.close()
+
+    def terminate(self, worker: Any) -> None:
+        self._leave(how="Cold")
+        self.stop(worker)
+
+    def _announce(self, **_: Any) -> None:
+        self._serving.announce()
+
+    def _leave(self, how: str = "Warm", **_: Any) -> None:
+        if self._serving is not None:
+            self._serving.leave(self._app.settings.grace_s if how == "Warm" else 0.0)
+
+
+def _shut_down() -> None:
+    raise WorkerShutdown(EXIT_STUCK)
+
+
+def _log_as(settings: Settings) -> Callable[..., None]:
+    """Logging as in the rest of the project, in place of Celery's; `-l` can only ask for more than the settings do."""
+
+    def configure(loglevel: int, **_: Any) -> None:
+        level = min(loglevel, logging.getLevelNamesMapping().get(settings.log_level.upper(), loglevel))
+        logs.configure(settings.model_copy(update={"log_level": logging.getLevelName(level)}))
+
+    return configure
+
+
+@signals.celeryd_init.connect
+def prepare(instance: Any, options: dict[str, Any], **_: Any) -> None:
+    """Find the worker its device and name, before Celery builds it; without one the process ends here, saying why."""
+    app = instance.app
+    if not isinstance(app, TasksApp):
+        return
+    queues = options.get("queues") or ()
+    names = queues.split(",") if isinstance(queues, str) else list(queues)
+    try:
+        seat = find_seat(names, app.settings)
+    except OmnirtError as error:
+        raise SystemExit(str(error)) from error
+    name, _at, host = instance.hostname.partition("@")
+    if name == CELERYS_OWN_NAME:
+        # Two workers of a host are two nodes, to control commands and to Flower.
+        name = app.settings.worker_name or f"{seat.plan.backend}-{seat.device.index}"
+        instance.hostname = f"{name}@{host}"
+    instance.seat = seat
+    if options.get("logfile") is None:
+        signals.setup_logging.connect(_log_as(app.settings), weak=False)
+    app.register_task(GenerateTask())
+    app.steps["worker"].add(DeviceStep)

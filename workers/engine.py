@@ -1,0 +1,272 @@
+"""OmniEngine: jobs in this process, with no Redis, no Celery and no gateway.
+
+submit ─► Submission (store in memory) ─► a pool of threads ─► AttemptRunner ─► ThreadHost
+"""
+
+import logging
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from time import monotonic
+from typing import Self
+
+from omnirt_tasks.artifacts import ArtifactStorage
+from omnirt_tasks.contract import Backend, CancelOutcome, Event, GenerateRequest, JobRecord, JobState, WorkerCapability
+from omnirt_tasks.errors import BackendUnsupported, ConfigurationError, JobTimeout, OmnirtError
+from omnirt_tasks.jobs.fleet import MemoryFleet
+from omnirt_tasks.jobs.memory import MemoryFeed, MemoryJobStore
+from omnirt_tasks.jobs.store import JobQuery, Lease
+from omnirt_tasks.jobs.watch import wait_finished, watch
+from omnirt_tasks.registry import discover
+from omnirt_tasks.routing import parse_queue, queues_served
+from omnirt_tasks.settings import Settings, load_settings
+from omnirt_tasks.submission import Submission
+from omnirt_tasks.uploads import UploadStorage
+from omnirt_tasks.validation import Door
+from workers.attempts import AttemptRunner
+from workers.backends import driver
+from workers.host import DeviceHost
+from workers.plan import Plan, plan_for_backend
+from workers.thread_host import ThreadHost
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+NOBODY = ""  # the owner of every job here
+WORKER_ID = "engine"
+LEASE_TTL_S = 60.0  # nobody else could take a job
+RECORD_TTL_S = 24 * 3600.0
+FOREVER_MS = 100 * 365 * 24 * 3600 * 1000
+LONG_S = 365 * 24 * 3600.0
+CLOSE_TIMEOUT_S = 10.0
+
+
+class OmniEngine:
+    """Runs jobs in this process; models stay loaded between them. Safe to share between threads.
+
+    `max_concurrency` jobs run at once, and `pipeline_cache_size` models stay loaded per device. `backend` is "auto" for
+    whatever this host has, or the only one to use. Outputs are files in `output_dir`, or in a temporary folder that
+    goes with the engine. `batch_window_ms` and `max_batch_size` bound the merging of jobs into one forward pass; no
+    executor merges yet, so every job still runs alone. `settings` are this process's own by default: the folders of
+    models, limits and previews come from there.
+
+    A device is taken when the first job for it comes. Raises ConfigurationError for a backend that is not here.
+    """
+
+    def __init__(
+        self,
+        max_concurrency: int = 2,
+        batch_window_ms: float = 0,
+        max_batch_size: int = 1,
+        pipeline_cache_size: int = 2,
+        backend: str = AUTO,
+        *,
+        output_dir: Path | str | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        if max_concurrency < 1 or max_batch_size < 1 or pipeline_cache_size < 1 or batch_window_ms < 0:
+            raise ConfigurationError(
+                "max_concurrency, max_batch_size and pipeline_cache_size are at least 1, batch_window_ms at least 0."
+            )
+        self._settings = settings if settings is not None else load_settings()
+        self._max_concurrency = max_concurrency
+        self._pipeline_cache_size = pipeline_cache_size
+        self._plans = self._plans_for(backend)
+        self._own_dir = Path(tempfile.mkdtemp(prefix="omnirt-engine-"))
+        self._output_dir = Path(output_dir).expanduser().absolute() if output_dir is not None else None
+        self._artifacts = ArtifactStorage((self._output_dir or self._own_dir).as_uri())
+        self._uploads = UploadStorage(
+            self._own_dir.as_uri(),
+            ttl_s=RECORD_TTL_S,
+            max_bytes=self._settings.max_upload_bytes,
+            max_pixels=self._settings.max_image_pixels,
+        )
+        self._store = MemoryJobStore(job_ttl_s=RECORD_TTL_S)
+        self._feed = MemoryFeed(self._store)
+        self._feed.on_cancel(self._interrupt)
+        self._submission = Submission(
+            store=self._store,
+            catalog=discover(),
+            fleet=self._fleet(),
+            uploads=self._uploads,
+            send=self._send,
+            door=Door(),
+        )
+        self._pool = ThreadPoolExecutor(max_concurrency, thread_name_prefix="omnirt-engine")
+        self._guard = threading.Lock()  # guards the making of devices, and the closing
+        self._devices: dict[str, tuple[DeviceHost, AttemptRunner]] = {}
+        self._closed = False
+
+    def submit(self, request: GenerateRequest) -> JobRecord:
+        """Queue a job. Its `backend` is one that this engine has, or "auto".
+
+        Raises what validation found, and BackendUnsupported when the model cannot run here.
+        """
+        if self._closed:
+            raise ConfigurationError("The engine is closed.", "Make another.")
+        self._forget_expired()
+        resolved = self._submission.check(request, NOBODY).request
+        if resolved is not None and resolved.backend not in self._plans:
+            raise BackendUnsupported(
+                f"The model {resolved.model!r} would run on {resolved.backend!r}, which this engine does not have.",
+                f"It has {', '.join(self._plans) or 'no backend'}.",
+            )
+        return self._submission.submit(request, owner=NOBODY).record
+
+    def wait(self, job_id: str, timeout_s: float | None = None) -> JobRecord:
+        """The record of the job once it is over.
+
+        Raises JobNotFound, and JobTimeout after `timeout_s` (None: no limit); the job goes on then.
+        """
+        job = wait_finished(self._store, self._feed, job_id, timeout_s=LONG_S if timeout_s is None else timeout_s)
+        if job is None:
+            raise JobTimeout(f"The job {job_id} is not over after {timeout_s:g} s.", "Wait again, or cancel it.")
+        return job.record
+
+    def job(self, job_id: str) -> JobRecord:
+        """The job as it stands. Raises JobNotFound."""
+        return self._store.get(job_id).record
+
+    def events(self, job_id: str, *, after: int = 0, timeout_s: float | None = None) -> Iterator[Event]:
+        """The job's events with seq > `after`, as they come, until it is over.
+
+        Raises JobNotFound, and JobTimeout when it is not over after `timeout_s` (None: no limit).
+        """
+        deadline_s = monotonic() + (LONG_S if timeout_s is None else timeout_s)
+        patience_s = 1.0 if timeout_s is None else min(1.0, max(timeout_s / 10, 0.01))
+        with closing(watch(self._store, self._feed, job_id, after=after, keepalive_s=patience_s)) as events:
+            for event in events:
+                if event is not None:
+                    yield event
+                if monotonic() > deadline_s and not (event is not None and event.terminal):
+                    raise JobTimeout(f"The job {job_id} is not over after {timeout_s:g} s.", "Cancel it, or go on.")
+
+    def cancel(self, job_id: str) -> CancelOutcome:
+        """Cancel the job: at once if it waits, at its next device call if it runs. Idempotent. Raises JobNotFound."""
+        return self._store.cancel(job_id)
+
+    def close(self) -> None:
+        """Cancel what is not over, wait for it, and let go of the devices. Idempotent."""
+        with self._guard:
+            if self._closed:
+                return
+            self._closed = True
+        for state in (JobState.QUEUED, JobState.RUNNING):
+            self._cancel_all(state)
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        for host, runner in self._devices.values():
+            runner.close()
+            host.close(CLOSE_TIMEOUT_S)
+        self._feed.close()
+        shutil.rmtree(self._own_dir, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _plans_for(self, backend: str) -> dict[str, Plan]:
+        names = [name for name in Backend if backend in {AUTO, name}]
+        plans: dict[str, Plan] = {}
+        for name in names:
+            plan = plan_for_backend(name, discover(), self._settings)
+            try:
+                if plan is not None and driver(name).probe():
+                    plans[str(name)] = plan
+            except ConfigurationError:
+                if backend != AUTO:
+                    raise
+        if not plans:
+            raise ConfigurationError(f"This host has nothing to run on the backend {backend!r}.", 'Use "auto".')
+        return plans
+
+    def _fleet(self) -> MemoryFleet:
+        """What this host could run, as workers of its own, so that routing prefers it."""
+        fleet = MemoryFleet()
+        for plan in self._plans.values():
+            capability = WorkerCapability(
+                worker_id=f"{WORKER_ID}-{plan.backend}",
+                backend=plan.backend,
+                device=f"{plan.backend}:0",
+                queues=queues_served(plan.queues, self._settings.tags),
+                models=tuple(spec.id for spec in plan.models),
+                concurrency=self._max_concurrency,
+                tags=self._settings.tags,
+            )
+            fleet.publish(capability, ttl_ms=FOREVER_MS)
+        return fleet
+
+    def _send(self, job_id: str, queue: str) -> None:
+        self._pool.submit(self._run, job_id, parse_queue(queue).backend)
+
+    def _run(self, job_id: str, backend: str) -> None:
+        try:
+            runner = self._runner(backend)
+            if runner is not None:
+                runner.run(job_id)
+        except Exception:  # the boundary of the pool's thread: the job must still end
+            logger.exception("Job %s could not be begun.", job_id)
+            self._store.cancel(job_id)
+
+    def _runner(self, backend: str) -> AttemptRunner | None:
+        with self._guard:
+            if self._closed:
+                return None
+            if backend not in self._devices:
+                self._devices[backend] = self._take_device(self._plans[backend])
+            return self._devices[backend][1]
+
+    def _take_device(self, plan: Plan) -> tuple[DeviceHost, AttemptRunner]:
+        host = ThreadHost(
+            backend=driver(plan.backend, None, self._settings.torch_threads),
+            catalog=discover(),
+            models=plan.models,
+            folders=plan.folders,
+            cache_size=self._pipeline_cache_size,
+            concurrency=self._max_concurrency,
+        )
+        runner = AttemptRunner(
+            store=self._store,
+            host=host,
+            artifacts=self._artifacts,
+            uploads=self._uploads,
+            worker_id=f"{WORKER_ID}-{plan.backend}",
+            scratch_dir=self._own_dir / "scratch" / plan.backend,
+            lease_ttl_s=LEASE_TTL_S,
+            job_timeout_s=self._settings.job_timeout_s,
+            preview_every_steps=self._settings.preview_every_steps,
+            address=self._address,
+            execution_mode=plan.execution_mode,
+        )
+        return host, runner
+
+    def _address(self, lease: Lease, name: str) -> tuple[str, str | None]:
+        return str(self._artifacts.local_path(lease.job_id, lease.attempt, name)), None
+
+    def _interrupt(self, job_id: str) -> None:
+        for _, runner in list(self._devices.values()):
+            runner.cancel(job_id)
+
+    def _cancel_all(self, state: JobState) -> None:
+        query = JobQuery(owner=NOBODY, limit=100, state=state)
+        while True:
+            page = self._store.page(query)
+            for job in page.jobs:
+                self._store.cancel(job.record.id)
+            if page.next_cursor is None:
+                return
+            query = JobQuery(owner=NOBODY, limit=100, state=state, cursor=page.next_cursor)
+
+    def _forget_expired(self) -> None:
+        for job in self._store.expired():
+            try:
+                if self._output_dir is None:  # files in a folder of the caller's are the caller's
+                    self._artifacts.remove_job(job.record.id)
+                self._store.purge(job.record.id)
+            except OmnirtError as error:
+                logger.warning("Job %s stays behind: %s", job.record.id, error)
