@@ -1,0 +1,66 @@
+"""How values become JSON answers, and how jobs look to their owner over HTTP."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from flask import Response
+from pydantic import BaseModel
+
+from omnirt_tasks.contract import Artifact, GenerateResult, JobRecord
+from omnirt_tasks.contract.base import JsonObject
+from omnirt_tasks.jobs.store import StoredJob
+from web.services import services
+
+JSON = "application/json"
+
+
+def json_answer(
+    value: BaseModel | JsonObject | Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """A value as a JSON answer, in UTF-8."""
+    if isinstance(value, BaseModel):
+        body = value.model_dump_json()
+    else:
+        body = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return Response(body, status, headers, mimetype=JSON)
+
+
+def job_url(job_id: str) -> str:
+    """Where a job's record is."""
+    return f"/v1/jobs/{job_id}"
+
+
+def own_job(job_id: str, owner: str) -> StoredJob:
+    """The owner's job. Raises JobNotFound, for another owner's too, in the same words."""
+    job = services().store.get(job_id)
+    if job.owner != owner:
+        raise services().missing_job(job_id)
+    return job
+
+
+def record_of(job: StoredJob) -> JobRecord:
+    """The record as its owner sees it: where it waits, and URLs in place of paths."""
+    record = job.record
+    if record.queue is not None:
+        queue = services().queue_status(job)
+        return record.model_copy(update={"queue": queue})
+    if record.result is not None:
+        return record.model_copy(update={"result": result_over_http(record.id, record.result)})
+    return record
+
+
+def result_over_http(job_id: str, result: GenerateResult) -> GenerateResult:
+    """The result with each artifact's URL as its path."""
+
+    def addressed(artifact: Artifact) -> Artifact:
+        url = f"{job_url(job_id)}/artifacts/{artifact.name}"
+        return artifact.model_copy(update={"path": url, "url": url, "data_b64": None})
+
+    report = result.metadata
+    return result.model_copy(
+        update={
+            "outputs": tuple(map(addressed, result.outputs)),
+            "metadata": report.model_copy(update={"artifacts": tuple(map(addressed, report.artifacts))}),
+        }
+    )

@@ -1,0 +1,1 @@
+"""The routes, one resource a file; each has a `blueprint`, and the app factory finds it by itself."""

@@ -1,0 +1,95 @@
+"""The models that are registered, and what each allows."""
+
+from typing import Literal
+
+from flask import Blueprint, Response
+from pydantic import JsonValue
+
+from omnirt_tasks.contract import Backend, Task
+from omnirt_tasks.contract.base import Answer
+from omnirt_tasks.errors import ModelNotFound, ValidationFailed
+from omnirt_tasks.registry import ModelSpec, Option
+from web.answers import json_answer
+from web.operations import Parameter, documented
+from web.queries import Query
+from web.services import services
+
+TIERS = ("core", "adjacent", "experimental")
+LIST_PARAMETERS = (
+    Parameter("task", "Only models of this task.", {"type": "string", "enum": list(Task)}),
+    Parameter("tier", "Only models of this tier.", {"type": "string", "enum": list(TIERS)}),
+)
+
+blueprint = Blueprint("models", __name__)
+
+
+class Model(Answer):
+    """A model; `limits` is {task: {field: its type, bounds, choices and default}}."""
+
+    id: str
+    object: Literal["model"] = "model"
+    owned_by: str
+    task: Task
+    tasks: tuple[Task, ...]
+    tier: str
+    status: str
+    backends: tuple[Backend, ...]
+    limits: dict[str, dict[str, dict[str, JsonValue]]]
+    summary: str
+    aliases: tuple[str, ...]
+
+
+class ModelList(Answer):
+    """Every model that matches, by id."""
+
+    object: Literal["list"] = "list"
+    data: tuple[Model, ...]
+
+
+@blueprint.get("/v1/models")
+@documented("List models", {200: ModelList}, errors=(ValidationFailed,), parameters=LIST_PARAMETERS)
+def list_models() -> Response:
+    """One entry per id."""
+    query = Query(LIST_PARAMETERS)
+    task, tier = query.choice("task", Task), query.one_of("tier", TIERS)
+    query.check()
+    return json_answer(ModelList(data=tuple(map(_shown, services().catalog.having(task=task, tier=tier)))))
+
+
+@blueprint.get("/v1/models/<model_id>")
+@documented("A model, by id or alias", {200: Model}, errors=(ModelNotFound,))
+def show_model(model_id: str) -> Response:
+    """The model itself, whichever of its names was asked for."""
+    return json_answer(_shown(services().catalog.find(model_id)))
+
+
+def _shown(spec: ModelSpec) -> Model:
+    tasks = tuple(spec.tasks)
+    return Model(
+        id=spec.id,
+        owned_by=spec.owned_by,
+        task=tasks[0],
+        tasks=tasks,
+        tier=spec.tier,
+        status=spec.status,
+        backends=spec.backends,
+        limits={
+            str(task): {name: _limits(option) for name, option in its.options.items()}
+            for task, its in spec.tasks.items()
+        },
+        summary=spec.summary,
+        aliases=spec.aliases,
+    )
+
+
+def _limits(option: Option) -> dict[str, JsonValue]:
+    told: dict[str, JsonValue] = {"type": str(option.kind), "default": option.default, "summary": option.summary}
+    bounds: dict[str, JsonValue] = {
+        "min": option.minimum,
+        "max": option.maximum,
+        "multiple_of": option.multiple_of,
+        "choices": [*option.choices] if option.choices is not None else None,
+        "nullable": option.nullable or None,
+        "unit": option.unit or None,
+    }
+    return told | {name: value for name, value in bounds.items() if value is not None}
