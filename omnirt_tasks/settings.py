@@ -1,6 +1,8 @@
 """Typed settings, the only reader of the environment and of the settings file.
 
-default < file (`OMNIRT_CONFIG`, TOML) < environment (`OMNIRT_…`) < argument. Unknown names are refused.
+default < file (`OMNIRT_CONFIG`, TOML) < secrets (`OMNIRT_SECRETS_DIR`) < environment (`OMNIRT_…`) < argument.
+Unknown names are refused. A secrets folder has a file for each setting (`omnirt_redis_url`), as Docker and Kubernetes
+mount them, so that no password stands in an environment.
 """
 
 import os
@@ -9,12 +11,19 @@ from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SecretsSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 from omnirt_tasks.errors import ConfigurationError
 
 PREFIX = "OMNIRT_"
 CONFIG_VARIABLE = "OMNIRT_CONFIG"
+SECRETS_VARIABLE = "OMNIRT_SECRETS_DIR"
 
 Seconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -98,6 +107,8 @@ class Settings(BaseSettings):
     """How long a leaving worker lets its jobs finish before it gives them back."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     """Where a worker serves its Prometheus metrics; none by default."""
+    metrics_host: str = "127.0.0.1"
+    """The address that `metrics_port` listens on."""
 
     # The client
     url: str | None = None
@@ -146,8 +157,10 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Argument, then environment, then file."""
+        """Argument, then environment, then secrets, then file."""
         sources: tuple[PydanticBaseSettingsSource, ...] = (init_settings, env_settings)
+        if folder := os.environ.get(SECRETS_VARIABLE):
+            sources += (SecretsSettingsSource(settings_cls, folder),)
         if path := os.environ.get(CONFIG_VARIABLE):
             sources += (TomlConfigSettingsSource(settings_cls, Path(path)),)
         return sources
@@ -158,13 +171,17 @@ def load_settings(**overrides: object) -> Settings:
 
     Raises ConfigurationError for an unknown or wrong setting, naming each variable and what is wrong with it.
     """
-    known = {PREFIX + name.upper() for name in Settings.model_fields} | {CONFIG_VARIABLE}
+    known = {PREFIX + name.upper() for name in Settings.model_fields} | {CONFIG_VARIABLE, SECRETS_VARIABLE}
     unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
     if unknown:
         raise ConfigurationError(f"Unknown settings in the environment: {', '.join(unknown)}.", "Unset or rename them.")
     if (path := os.environ.get(CONFIG_VARIABLE)) and not Path(path).is_file():
         raise ConfigurationError(
             f"{CONFIG_VARIABLE} names {path!r}, which is no file.", "Unset it, or name a TOML file."
+        )
+    if (path := os.environ.get(SECRETS_VARIABLE)) and not Path(path).is_dir():
+        raise ConfigurationError(
+            f"{SECRETS_VARIABLE} names {path!r}, which is no folder.", "Unset it, or name a folder."
         )
     try:
         return Settings(**overrides)  # type: ignore[arg-type]  # pydantic checks every value

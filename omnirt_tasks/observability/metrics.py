@@ -1,0 +1,196 @@
+"""Every metric of the project: its name, labels, unit and meaning are here and nowhere else.
+
+    gateway   StoreCollector: what the job store knows, read at each scrape, so that every replica tells the same
+              GatewayMetrics: requests and streams of one gateway process
+    worker    DeviceMetrics: what only the device side sees, counted where it happens
+
+Both take the registry that they join; nothing is registered by importing this module.
+"""
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from omnirt_tasks.contract import Priority
+from omnirt_tasks.errors import ConfigurationError, StoreUnavailable
+from omnirt_tasks.jobs.store import JobStore
+
+
+@dataclass(frozen=True)
+class Named:
+    """A metric's name as Prometheus shows it, its help text, and its labels."""
+
+    name: str
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+JOBS = Named(
+    "omnirt_jobs_total",
+    "Jobs, counted once for each state that they enter.",
+    ("task", "model", "execution_mode", "state"),
+)
+QUEUE_DEPTH = Named("omnirt_queue_depth", "Jobs that wait in a queue.", ("queue", "priority"))
+QUEUE_RUNNING = Named("omnirt_queue_running", "Jobs of a queue that run.", ("queue",))
+QUEUE_WORKERS = Named("omnirt_queue_workers", "Live workers that serve a queue.", ("queue",))
+STORE_UP = Named("omnirt_store_up", "1 when the job store answered this scrape, else 0.")
+STAGE_DURATION = Named("omnirt_stage_duration_seconds", "How long a stage of a job took.", ("stage", "model"))
+CACHE_HITS = Named("omnirt_cache_hits_total", "Work that a cache saved.", ("cache_type",))
+VRAM_PEAK = Named("omnirt_vram_peak_bytes", "The most device memory that a job has needed so far.", ("device",))
+HTTP_REQUESTS = Named(
+    "omnirt_http_requests_total", "Requests that this gateway process answered.", ("method", "route", "status")
+)
+HTTP_DURATION = Named(
+    "omnirt_http_request_duration_seconds", "From a request to the headers of its answer.", ("method", "route")
+)
+HTTP_STREAMS = Named("omnirt_http_streams", "Event streams that this gateway process holds open.")
+
+ALL = (
+    JOBS,
+    QUEUE_DEPTH,
+    QUEUE_RUNNING,
+    QUEUE_WORKERS,
+    STORE_UP,
+    STAGE_DURATION,
+    CACHE_HITS,
+    VRAM_PEAK,
+    HTTP_REQUESTS,
+    HTTP_DURATION,
+    HTTP_STREAMS,
+)
+
+# From a decode on a large GPU (10 ms) to a video's denoising (10 minutes).
+STAGE_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+
+# From a health check (1 ms) to a synchronous request that waits for its picture.
+HTTP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+# Live workers by the full name of each queue that they serve.
+CountWorkers = Callable[[], dict[str, int]]
+
+
+class StoreCollector(Collector):
+    """What the job store knows, asked at each scrape. Safe to share between threads.
+
+    A store that does not answer is told by `omnirt_store_up` 0, and the metrics that need it are left out.
+    """
+
+    def __init__(self, store: JobStore, count_workers: CountWorkers) -> None:
+        self._store = store
+        self._count_workers = count_workers
+
+    def describe(self) -> Iterable[Metric]:
+        """The metrics without samples, so that joining a registry asks the store nothing."""
+        return [_counter(JOBS), _gauge(QUEUE_DEPTH), _gauge(QUEUE_RUNNING), _gauge(QUEUE_WORKERS), _gauge(STORE_UP)]
+
+    def collect(self) -> Iterable[Metric]:
+        """The metrics as they stand."""
+        jobs, depth = _counter(JOBS), _gauge(QUEUE_DEPTH)
+        running, workers, up = _gauge(QUEUE_RUNNING), _gauge(QUEUE_WORKERS), _gauge(STORE_UP)
+        try:
+            counts = self._store.state_counts()
+            serving = self._count_workers()
+            depths = {queue: self._store.depth(queue) for queue in {*self._store.queues(), *serving}}
+        except StoreUnavailable:
+            up.add_metric((), 0)
+            return [jobs, depth, running, workers, up]
+        up.add_metric((), 1)
+        for (task, model, mode, state), count in sorted(counts.items()):
+            jobs.add_metric((task, model, mode, state), count)
+        for queue, found in sorted(depths.items()):
+            depth.add_metric((queue, Priority.NORMAL.value), found.waiting)
+            running.add_metric((queue,), found.running)
+            workers.add_metric((queue,), serving.get(queue, 0))
+        return [jobs, depth, running, workers, up]
+
+
+class DeviceMetrics:
+    """What the device side counts. Safe to share between threads.
+
+    A gateway makes one too, so that every name is declared wherever a dashboard looks.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._stages = Histogram(
+            STAGE_DURATION.name, STAGE_DURATION.help, STAGE_DURATION.labels, buckets=STAGE_BUCKETS_S, registry=registry
+        )
+        self._hits = Counter(CACHE_HITS.name, CACHE_HITS.help, CACHE_HITS.labels, registry=registry)
+        self._vram = Gauge(VRAM_PEAK.name, VRAM_PEAK.help, VRAM_PEAK.labels, registry=registry)
+        self._peaks: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def stage_ended(self, stage: str, model: str, elapsed_s: float) -> None:
+        """A stage of a job of `model` (its canonical id) took `elapsed_s`."""
+        self._stages.labels(stage, model).observe(elapsed_s)
+
+    def cache_hit(self, cache_type: str) -> None:
+        """A cache ("model") saved work."""
+        self._hits.labels(cache_type).inc()
+
+    def memory_peak(self, device: str, peak_bytes: int) -> None:
+        """A job on `device` ("cuda:0") needed `peak_bytes`; the gauge only ever rises."""
+        with self._lock:
+            if peak_bytes > self._peaks.get(device, -1):
+                self._peaks[device] = peak_bytes
+                self._vram.labels(device).set(peak_bytes)
+
+
+class GatewayMetrics:
+    """What one gateway process counts of its own requests. Safe to share between threads.
+
+    `route` is the rule ("/v1/jobs/<job_id>"), never an address. `count_streams` is asked at each scrape.
+    """
+
+    def __init__(self, registry: CollectorRegistry, *, count_streams: Callable[[], int]) -> None:
+        self._requests = Counter(HTTP_REQUESTS.name, HTTP_REQUESTS.help, HTTP_REQUESTS.labels, registry=registry)
+        self._duration = Histogram(
+            HTTP_DURATION.name, HTTP_DURATION.help, HTTP_DURATION.labels, buckets=HTTP_BUCKETS_S, registry=registry
+        )
+        Gauge(HTTP_STREAMS.name, HTTP_STREAMS.help, registry=registry).set_function(count_streams)
+
+    def answered(self, method: str, route: str, status: int, elapsed_s: float) -> None:
+        """A request was answered with `status`, its headers after `elapsed_s`."""
+        self._requests.labels(method, route, status).inc()
+        self._duration.labels(method, route).observe(elapsed_s)
+
+
+class MetricsServer:
+    """Serves a registry at /metrics on a port of its own, for a worker."""
+
+    def __init__(self, registry: CollectorRegistry, *, host: str, port: int) -> None:
+        """Start to serve; port 0 takes a free one. Raises ConfigurationError when the port cannot be had."""
+        try:
+            self._server, self._thread = _start(registry, host, port)
+        except OSError as error:
+            raise ConfigurationError(
+                f"The metrics cannot be served on {host}:{port}: {error.strerror}.",
+                "Set another OMNIRT_METRICS_PORT for each worker of this host, or none.",
+            ) from None
+
+    @property
+    def port(self) -> int:
+        """The port that is served."""
+        return self._server.server_port
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def _start(registry: CollectorRegistry, host: str, port: int) -> tuple[WSGIServer, threading.Thread]:
+    return start_http_server(port, addr=host, registry=registry)
+
+
+def _counter(metric: Named) -> CounterMetricFamily:
+    return CounterMetricFamily(metric.name, metric.help, labels=metric.labels)
+
+
+def _gauge(metric: Named) -> GaugeMetricFamily:
+    return GaugeMetricFamily(metric.name, metric.help, labels=metric.labels)

@@ -1,0 +1,1 @@
+"""What the tests share: waiting for events, settings as an environment, processes that end for sure."""
