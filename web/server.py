@@ -43,23 +43,29 @@ LINE_BYTES_MAX = 8_190
 log = logging.getLogger(__name__)
 
 
-def serve(settings: Settings, on_ready: Callable[[str], None] | None = None) -> None:
-    """Run the gateway until it is asked to stop (SIGTERM or SIGINT), then exit this process.
-
-    Prints `listening on URL` and calls `on_ready` with the URL once connections are accepted; port 0 takes a free one.
-    Raises ConfigurationError for settings that cannot be used, before anything is started.
-    """
-    logs.configure(settings)
-    build(settings)  # each worker builds its own; what is wrong with the settings is told here, once
-    _Gateway(settings, on_ready).run()
-
-
 def make_app(settings: Settings) -> Flask:
     """The app for gunicorn, with its threads running: call it in the process that serves. Raises ConfigurationError."""
     app = create_app(settings)
     app.register_error_handler(ParseException, answer_malformed)
     app.extensions[EXTENSION].start()
     return app
+
+
+def serve(
+    settings: Settings,
+    on_ready: Callable[[str], None] | None = None,
+    *,
+    load: Callable[[Settings], Flask] = make_app,
+) -> None:
+    """Run the gateway until it is asked to stop (SIGTERM or SIGINT), then exit this process.
+
+    Prints `listening on URL` and calls `on_ready` with the URL once connections are accepted; port 0 takes a free one.
+    `load` makes the app in each worker process, after the fork.
+    Raises ConfigurationError for settings that cannot be used, before anything is started.
+    """
+    logs.configure(settings)
+    build(settings)  # each worker builds its own; what is wrong with the settings is told here, once
+    _Gateway(settings, on_ready, load).run()
 
 
 class GatewayWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
@@ -130,9 +136,12 @@ class GatewayLogger(Logger):  # type: ignore[misc]  # gunicorn has no types
 class _Gateway(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
     """gunicorn's view of the gateway: its configuration, and the app of each worker."""
 
-    def __init__(self, settings: Settings, on_ready: Callable[[str], None] | None) -> None:
+    def __init__(
+        self, settings: Settings, on_ready: Callable[[str], None] | None, load: Callable[[Settings], Flask]
+    ) -> None:
         self._settings = settings
         self._on_ready = on_ready
+        self._load = load
         super().__init__()
 
     def load_config(self) -> None:
@@ -161,7 +170,7 @@ class _Gateway(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
 
     def load(self) -> Flask:
         """The app of this worker, with its threads running: called after the fork."""
-        return make_app(self._settings)
+        return self._load(self._settings)
 
     def _tell(self, arbiter: Arbiter) -> None:
         host, port = arbiter.LISTENERS[0].sock.getsockname()[:2]

@@ -7,6 +7,7 @@ from types import FrameType
 import click
 
 import omnirt_tasks
+from omnirt_tasks.cli.bench import bench
 from omnirt_tasks.cli.demo import demo
 from omnirt_tasks.cli.exits import ReportingGroup
 from omnirt_tasks.cli.generate import generate, validate
@@ -37,7 +38,7 @@ def cli() -> None:
     """Image, video and speech generation as solid jobs."""
 
 
-for command in (generate, validate, models, jobs, serve, worker, broker, up, demo):
+for command in (generate, validate, models, jobs, serve, worker, broker, up, demo, bench):
     cli.add_command(command)
 
 

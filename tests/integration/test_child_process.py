@@ -68,7 +68,7 @@ def test_stop_ends_it_by_sigterm(started: list[ChildProcess]) -> None:
     child.stop()
     child.stop()
 
-    assert is_gone(pid)
+    eventually(lambda: is_gone(pid))
     assert child.exit_code == 128 + signal.SIGTERM
 
 
@@ -79,7 +79,7 @@ def test_what_ignores_sigterm_is_killed_after_its_grace(started: list[ChildProce
 
     child.stop()
 
-    assert is_gone(pid)
+    eventually(lambda: is_gone(pid))
 
 
 def test_what_the_command_started_itself_ends_with_it(started: list[ChildProcess]) -> None:
@@ -92,7 +92,8 @@ def test_what_the_command_started_itself_ends_with_it(started: list[ChildProcess
     started.append(child)
 
     assert child.wait(10)
-    assert is_gone(int(first_line(child)))
+    left = int(first_line(child))
+    eventually(lambda: is_gone(left))
 
 
 def test_ctrl_c_in_our_terminal_does_not_reach_it(started: list[ChildProcess]) -> None:
