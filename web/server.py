@@ -24,12 +24,13 @@ from gunicorn.http.errors import LimitRequestHeaders, LimitRequestLine, ParseExc
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
 from omnirt_tasks.errors import Internal, OmnirtError, TooLarge
-from omnirt_tasks.observability import logs
+from omnirt_tasks.observability import logs, tracing
 from omnirt_tasks.settings import Settings
 from web.app import create_app
 from web.errors import answer_malformed, envelope, malformed
 from web.services import EXTENSION, WAITS_MAX, Services, build
 
+SERVICE = "omnirt-gateway"
 GRACE_S = 10
 KEEPALIVE_S = 30
 LINGER_S = 2.0
@@ -45,7 +46,7 @@ log = logging.getLogger(__name__)
 
 def make_app(settings: Settings) -> Flask:
     """The app for gunicorn, with its threads running: call it in the process that serves. Raises ConfigurationError."""
-    app = create_app(settings)
+    app = create_app(settings, build(settings, tracing.start(settings, service=SERVICE)))
     app.register_error_handler(ParseException, answer_malformed)
     app.extensions[EXTENSION].start()
     return app

@@ -20,6 +20,7 @@ from omnirt_tasks.jobs.fleet import Fleet, RedisFleet
 from omnirt_tasks.jobs.reconciler import Reconciler, celery_waiting, redis_turn
 from omnirt_tasks.jobs.redis import RedisJobStore
 from omnirt_tasks.jobs.store import EventFeed, JobStore, StoredJob
+from omnirt_tasks.observability import tracing
 from omnirt_tasks.registry import Catalog, discover
 from omnirt_tasks.settings import Settings
 from omnirt_tasks.submission import Submission
@@ -52,6 +53,7 @@ class Services:
     streams: Slots
     waits: Slots
     reconciler: Reconciler
+    tracing: tracing.Tracing
     connections: tuple[redis.Redis, ...] = ()
 
     def start(self) -> None:
@@ -62,6 +64,7 @@ class Services:
         """End every stream, and stop the threads. Idempotent."""
         self.feed.close()
         self.reconciler.close()
+        self.tracing.close()
         for connection in self.connections:
             connection.close()
 
@@ -89,8 +92,11 @@ def services() -> Services:
     return found
 
 
-def build(settings: Settings) -> Services:
-    """Compose a gateway's services. Connects to nothing; raises ConfigurationError for keys that cannot be read."""
+def build(settings: Settings, tracer: tracing.Tracing | None = None) -> Services:
+    """Compose a gateway's services; `tracer` is closed with them (None: ids alone).
+
+    Connects to nothing. Raises ConfigurationError for keys that cannot be read.
+    """
     client = connect(settings)
     broker = connect(settings.model_copy(update={"redis_url": settings.broker_url or settings.redis_url}))
     prefix = settings.key_prefix
@@ -135,5 +141,6 @@ def build(settings: Settings) -> Services:
             turn=redis_turn(client, prefix=prefix, every_s=settings.reconcile_every_s),
             housekeeping=uploads.sweep,
         ),
+        tracing=tracer or tracing.ids_only(),
         connections=(client, broker),
     )

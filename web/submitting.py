@@ -1,8 +1,6 @@
 """From a body to an accepted job, for every route that takes one."""
 
 import re
-import secrets
-from dataclasses import dataclass
 
 from flask import Response, request
 
@@ -26,16 +24,7 @@ PREFER = Parameter(
     where="header",
 )
 
-_TRACEPARENT = re.compile(r"00-(?P<trace>(?!0{32})[0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 _WAIT = re.compile(r"\s*wait\s*=\s*\"?(\d{1,9})\"?\s*", re.ASCII | re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class TraceContext:
-    """The trace that a job belongs to, as W3C Trace Context names it."""
-
-    trace_id: str
-    traceparent: str
 
 
 def read_request() -> GenerateRequest:
@@ -49,10 +38,12 @@ def read_request() -> GenerateRequest:
 
 def submit(wanted: GenerateRequest) -> StoredJob:
     """Accept the job for the caller. Raises like `Submission.submit`."""
-    trace = _trace_context()
-    return services().submission.submit(
-        wanted, owner=current_owner(), trace_id=trace.trace_id, traceparent=trace.traceparent
-    )
+    parts = services()
+    attributes = {"omnirt.task": wanted.task, "omnirt.model": wanted.model}
+    with parts.tracing.span(
+        "omnirt.submit", traceparent=request.headers.get("traceparent"), attributes=attributes
+    ) as at:
+        return parts.submission.submit(wanted, owner=current_owner(), trace_id=at.trace_id, traceparent=at.traceparent)
 
 
 def submit_asynchronously(wanted: GenerateRequest) -> Response:
@@ -81,12 +72,3 @@ def _preferred_wait_s() -> int | None:
         if found := _WAIT.fullmatch(preference.partition(";")[0]):
             return min(int(found[1]), PREFER_WAIT_MAX_S)
     return None
-
-
-def _trace_context() -> TraceContext:
-    """The caller's trace, or a new one."""
-    sent = request.headers.get("traceparent", "")
-    if found := _TRACEPARENT.fullmatch(sent):
-        return TraceContext(found["trace"], sent)
-    trace_id = secrets.token_hex(16)
-    return TraceContext(trace_id, f"00-{trace_id}-{secrets.token_hex(8)}-01")
