@@ -73,7 +73,8 @@ bench: setup ## measure; the figures go to docs/performance.md
 	@$(BIN)/omnirt bench
 
 train-shapes: setup ## train the demonstration model again, from its seed
-	$(BIN)/python -m workers.training.shapes
+	$(BIN)/python -m workers.training.shapes train
+	$(BIN)/python -m workers.training.shapes evaluate
 
 secrets: ## make the secret files of docker-compose.yml, once
 	@docker/make-secrets

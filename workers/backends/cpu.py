@@ -30,6 +30,10 @@ class CpuDriver:
 
     @contextmanager
     def guard(self) -> Iterator[None]:
+        # OpenMP's threads spin while they wait for each other, and on a busy host they spin away the time of the very
+        # thread they wait for: a picture then takes forty times as long. It reads this when torch loads it, and what
+        # the operator has set wins.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         import torch
 
         if self._torch_threads is not None:
