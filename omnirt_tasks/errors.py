@@ -26,7 +26,7 @@ from omnirt_tasks.contract import ErrorInfo, Problem
 class OmnirtError(Exception):
     """Base of all errors of the project.
 
-    `message` is for the client; `hint` says what to do, when the message does not.
+    `message` is for the client; `hint` says what to do; the message does not repeat it.
     """
 
     code: ClassVar[str] = "internal"
@@ -42,9 +42,7 @@ class OmnirtError(Exception):
 
     def __str__(self) -> str:
         """Message and hint in one, as a log, a terminal or an HTTP answer shows it."""
-        if self.hint is None or self.hint in self.message:
-            return self.message
-        return f"{self.message} {self.hint}"
+        return self.message if self.hint is None else f"{self.message} {self.hint}"
 
     def info(self) -> ErrorInfo:
         """The error as the data that a job record holds."""
@@ -83,7 +81,7 @@ class BackendUnsupported(CallerError):
 
 
 class InsufficientMemory(CallerError):
-    """The request could never fit on a device of the fleet."""
+    """The request could never fit on a device of the fleet. Nothing raises it yet: sizes are not checked."""
 
     code = "insufficient_memory"
     http_status = 422
@@ -303,10 +301,10 @@ def _summary(problems: Sequence[Problem]) -> str:
     return first if not more else f"{first} (and {more} more problem{'s' if more > 1 else ''})"
 
 
-def _leaves(kind: type[OmnirtError]) -> Iterable[type[OmnirtError]]:
+def _descendants(kind: type[OmnirtError]) -> Iterable[type[OmnirtError]]:
     for child in kind.__subclasses__():
         yield child
-        yield from _leaves(child)
+        yield from _descendants(child)
 
 
-_BY_CODE = {kind.code: kind for kind in _leaves(OmnirtError)} | {"internal": Internal}
+_BY_CODE = {kind.code: kind for kind in _descendants(OmnirtError)} | {"internal": Internal}

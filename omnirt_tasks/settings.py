@@ -19,6 +19,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from omnirt_tasks.contract import Tier
+from omnirt_tasks.contract.request import TAGS_MAX, Tag
 from omnirt_tasks.errors import ConfigurationError
 
 PREFIX = "OMNIRT_"
@@ -76,7 +78,7 @@ class Settings(BaseSettings):
     sse_keepalive_s: Seconds = 15
     allow_stub: bool = False
     """Whether jobs may name the backend cpu-stub over HTTP."""
-    disabled_tiers: tuple[str, ...] = ()
+    disabled_tiers: tuple[Tier, ...] = ()
 
     # A job's life
     job_ttl_s: Seconds = 7 * 24 * 3600
@@ -91,8 +93,8 @@ class Settings(BaseSettings):
     # The worker
     worker_name: str | None = None
     """The Celery node name's first part; the backend and device by default."""
-    tags: tuple[str, ...] = ()
-    """Routing tags of this worker. As a variable: a JSON list."""
+    tags: Annotated[tuple[Tag, ...], Field(max_length=TAGS_MAX)] = ()
+    """Routing tags of this worker, few since it serves a queue for each set of them. As a variable: a JSON list."""
     device: str | None = None
     """The device to take ("cuda:1"); by default the first free one."""
     concurrency: Count = 8
@@ -124,9 +126,7 @@ class Settings(BaseSettings):
 
     @field_validator("tags")
     @classmethod
-    def _few_tags(cls, tags: tuple[str, ...]) -> tuple[str, ...]:
-        if len(tags) > 4:
-            raise ValueError(f"{len(tags)} tags; a worker has at most 4, since it serves a queue for each set of them")
+    def _each_once(cls, tags: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(sorted(set(tags)))
 
     @model_validator(mode="after")

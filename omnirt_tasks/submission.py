@@ -10,23 +10,20 @@ import base64
 import io
 import logging
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from omnirt_tasks.contract import GenerateRequest, JobState, Problem, ResolvedRequest
+from omnirt_tasks.contract import MEDIA_INPUTS, GenerateRequest, JobState, Problem, ResolvedRequest
 from omnirt_tasks.errors import ArtifactNotFound, CallerError, JobNotFound, NotFound, StoreUnavailable, ValidationFailed
-from omnirt_tasks.jobs.fleet import Fleet
+from omnirt_tasks.jobs.fleet import LiveWorkers
 from omnirt_tasks.jobs.store import JobStore, NewJob, StoredJob
 from omnirt_tasks.registry.catalog import Catalog
 from omnirt_tasks.registry.spec import ModelSpec
-from omnirt_tasks.routing import Route, route, settle
+from omnirt_tasks.routing import Route, candidates, queue_name, route, settle
 from omnirt_tasks.uploads import UploadStorage
 from omnirt_tasks.validation import DATA_URL, Door, Finding, Resolution, failure, resolve
 
 log = logging.getLogger(__name__)
-
-# Which kind of file each input takes.
-_MEDIA = {"image": "image/", "mask": "image/", "audio": "audio/"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Submission:
 
     store: JobStore
     catalog: Catalog
-    fleet: Fleet
+    fleet: LiveWorkers
     uploads: UploadStorage
     send: Callable[[str, str], None]
     door: Door
@@ -70,7 +67,7 @@ class Submission:
         resolved, _ = resolution.unwrap()
         kept = self._keep_inputs(resolved, owner)
         written = request.model_dump(mode="json")
-        written["inputs"] |= kept.inputs.model_dump(include=_MEDIA.keys() & request.inputs.keys())
+        written["inputs"] |= kept.inputs.model_dump(include=MEDIA_INPUTS.keys() & request.inputs.keys())
         job = self.store.create(
             NewJob(
                 id=str(uuid.uuid4()),
@@ -92,29 +89,34 @@ class Submission:
 
     def _check(self, request: GenerateRequest, owner: str) -> tuple[Resolution, Route | None]:
         resolution = resolve(request, self.catalog, door=self.door)
+        wrong = {problem.loc for problem in resolution.problems}
+        references = {
+            name: reference
+            for name in MEDIA_INPUTS
+            if isinstance(reference := request.inputs.get(name), str)
+            and not wrong & {f"inputs.{name}", "model", "task"}
+        }
+        if missing := tuple(self._check_references(references, owner)):
+            return replace(resolution, request=None, findings=(*resolution.findings, *missing)), None
         if resolution.request is None or resolution.spec is None:
             return resolution, None
-        if findings := tuple(self._check_inputs(resolution.request, owner)):
-            return replace(resolution, request=None, findings=findings), None
         return resolution, self._route(resolution.request, resolution.spec)
 
     def _route(self, request: ResolvedRequest, spec: ModelSpec) -> Route:
         fleet = self.fleet.live()
-        queues = {queue for worker in fleet if spec.id in worker.models for queue in worker.queues}
+        served = {queue for worker in fleet if spec.id in worker.models for queue in worker.queues}
+        queues = served & {queue_name(backend, spec.queue, request.tags) for backend in candidates(request, spec)}
         waiting = {queue: self.store.depth(queue).waiting for queue in queues} if len(queues) > 1 else {}
         return route(request, spec, fleet, waiting)
 
-    def _check_inputs(self, request: ResolvedRequest, owner: str) -> Iterable[Finding]:
-        for name, kind in _MEDIA.items():
-            reference = getattr(request.inputs, name)
-            if reference is None:
-                continue
+    def _check_references(self, references: Mapping[str, str], owner: str) -> Iterable[Finding]:
+        for name, reference in references.items():
+            kind = MEDIA_INPUTS[name]
             try:
                 mime = self._mime(reference, owner)
             except CallerError as error:
                 lone = error if isinstance(error, NotFound) else None
-                message = f"{error.message} {error.hint or ''}".strip()
-                yield Finding(Problem(loc=f"inputs.{name}", rule=error.code, message=message), lone)
+                yield Finding(Problem(loc=f"inputs.{name}", rule=error.code, message=str(error)), lone)
                 continue
             if not mime.startswith(kind):
                 told = f"It holds {mime}; send {kind.rstrip('/')}."
@@ -144,7 +146,7 @@ class Submission:
         """The request with each data URL replaced by an upload of the owner's."""
         kept = {
             name: f"upload:{self.uploads.put(owner, _decoded(reference)).id}"
-            for name in _MEDIA
+            for name in MEDIA_INPUTS
             if (reference := getattr(request.inputs, name)) is not None and DATA_URL.match(reference)
         }
         return request.model_copy(update={"inputs": request.inputs.model_copy(update=kept)}) if kept else request

@@ -8,18 +8,19 @@ its limits, so that a broken one is refused before anything is queued.
 """
 
 import hashlib
-import json
 import secrets
 import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, BinaryIO
 
 from PIL import Image
+from pydantic import TypeAdapter, ValidationError
 
-from omnirt_tasks.errors import TooLarge, UnsupportedMediaType, UploadNotFound, ValidationFailed
+from omnirt_tasks.clock import unix_ms
+from omnirt_tasks.errors import StorageError, TooLarge, UnsupportedMediaType, UploadNotFound, ValidationFailed
 from omnirt_tasks.storage import SAFE_NAME, open_filesystem, storage_errors
 
 CHUNK_BYTES = 1024 * 1024
@@ -39,9 +40,7 @@ class Upload:
     expires_at_ms: int
 
 
-def unix_ms() -> int:
-    """The time now, in Unix milliseconds."""
-    return time.time_ns() // 1_000_000
+_FACTS = TypeAdapter(Upload)
 
 
 class UploadStorage:
@@ -84,11 +83,16 @@ class UploadStorage:
             copy.seek(0)
             with storage_errors("The upload could not be stored"):
                 self._fs.makedirs(self._folder, exist_ok=True)
-                with self._fs.open(self._bytes_of(upload.id), "wb") as target:
-                    while chunk := copy.read(CHUNK_BYTES):
-                        target.write(chunk)
-                # Written last: an upload is there when its facts are.
-                self._fs.pipe_file(self._facts_of(upload.id), json.dumps(asdict(upload)).encode())
+                try:
+                    with self._fs.open(self._bytes_of(upload.id), "wb") as target:
+                        while chunk := copy.read(CHUNK_BYTES):
+                            target.write(chunk)
+                    # Written last: an upload is there when its facts are.
+                    self._fs.pipe_file(self._facts_of(upload.id), _FACTS.dump_json(upload))
+                except BaseException:
+                    with suppress(OSError):  # what stays is swept
+                        self._remove(upload.id)
+                    raise
         return upload
 
     def find(self, owner: str, upload_id: str) -> Upload:
@@ -108,17 +112,27 @@ class UploadStorage:
                 raise _missing(upload_id) from None
 
     def sweep(self) -> int:
-        """Remove the uploads whose time is over, and tell how many they were."""
-        removed = 0
+        """Remove the uploads whose time is over, and tell how many they were.
+
+        What lies there without facts that can be read goes when it is as old as an upload may get. One that cannot be
+        removed stops no other; then raises StorageError in the end.
+        """
         with storage_errors("Expired uploads could not be removed"):
-            for path in self._fs.glob(f"{self._folder}/*.json"):
-                upload = self._read(Path(path).stem)
-                if upload is not None and upload.expires_at_ms <= self._clock_ms():
-                    # The facts go first, so that nobody finds an upload without its bytes.
-                    for part in (self._facts_of(upload.id), self._bytes_of(upload.id)):
-                        if self._fs.exists(part):
-                            self._fs.rm_file(part)
-                    removed += 1
+            paths = [Path(path) for path in self._fs.glob(f"{self._folder}/*")]
+        removed = 0
+        failure: StorageError | None = None
+        for upload_id in {path.stem for path in paths if path.suffix in {".json", ".bin"}}:
+            if not SAFE_NAME.fullmatch(upload_id):
+                continue  # none of ours
+            try:
+                with storage_errors("Expired uploads could not be removed"):
+                    if self._ends_at_ms(upload_id) <= self._clock_ms():
+                        self._remove(upload_id)
+                        removed += 1
+            except StorageError as error:
+                failure = error
+        if failure is not None:
+            raise failure
         return removed
 
     def inspect(self, stream: IO[bytes]) -> str:
@@ -160,9 +174,25 @@ class UploadStorage:
     def _read(self, upload_id: str) -> Upload | None:
         with storage_errors("The upload could not be read"):
             try:
-                return Upload(**json.loads(self._fs.cat_file(self._facts_of(upload_id))))
-            except FileNotFoundError:
+                return _FACTS.validate_json(self._fs.cat_file(self._facts_of(upload_id)))
+            except (FileNotFoundError, ValidationError):  # facts that cannot be read are none
                 return None
+
+    def _ends_at_ms(self, upload_id: str) -> int:
+        if (upload := self._read(upload_id)) is not None:
+            return upload.expires_at_ms
+        parts = [part for part in self._parts_of(upload_id) if self._fs.exists(part)]
+        written_at_s = max((self._fs.modified(part).timestamp() for part in parts), default=0.0)
+        return round(written_at_s * 1000) + self._ttl_ms
+
+    def _remove(self, upload_id: str) -> None:
+        for part in self._parts_of(upload_id):
+            if self._fs.exists(part):
+                self._fs.rm_file(part)
+
+    def _parts_of(self, upload_id: str) -> tuple[str, str]:
+        """The facts first, so that nobody finds an upload without its bytes."""
+        return self._facts_of(upload_id), self._bytes_of(upload_id)
 
     def _bytes_of(self, upload_id: str) -> str:
         return f"{self._folder}/{_checked(upload_id)}.bin"

@@ -16,13 +16,18 @@ from omnirt_tasks.contract.job import (
     Progress,
     QueueStatus,
 )
+from omnirt_tasks.contract.readiness import QueueReadiness, Readiness
 from omnirt_tasks.contract.request import (
+    AUTO,
+    MEDIA_INPUTS,
+    TAG_MARK,
     Backend,
     GenerateRequest,
     Inputs,
     Priority,
     ResolvedRequest,
     Task,
+    Tier,
 )
 from omnirt_tasks.contract.result import (
     SCHEMA_VERSION,
@@ -42,7 +47,10 @@ from omnirt_tasks.contract.states import (
 
 __all__ = [
     "ALLOWED_MOVES",
+    "AUTO",
+    "MEDIA_INPUTS",
     "SCHEMA_VERSION",
+    "TAG_MARK",
     "TERMINAL_EVENTS",
     "TERMINAL_STATES",
     "Artifact",
@@ -62,10 +70,13 @@ __all__ = [
     "Priority",
     "Problem",
     "Progress",
+    "QueueReadiness",
     "QueueStatus",
+    "Readiness",
     "ResolvedRequest",
     "RunReport",
     "Task",
+    "Tier",
     "TimelineEntry",
     "WorkerCapability",
 ]

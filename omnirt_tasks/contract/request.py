@@ -1,6 +1,8 @@
 """What a caller asks for, and what that comes to once every default is filled in."""
 
+from collections.abc import Mapping
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Annotated
 
 from pydantic import Field
@@ -31,11 +33,28 @@ class Backend(StrEnum):
     CPU_STUB = "cpu-stub"
 
 
+class Tier(StrEnum):
+    """How far a model is the project's own concern."""
+
+    CORE = "core"
+    ADJACENT = "adjacent"
+    EXPERIMENTAL = "experimental"
+
+
 class Priority(StrEnum):
     """Which jobs go first."""
 
     NORMAL = "normal"
 
+
+AUTO = "auto"
+"""In place of a backend: routing chooses."""
+
+MEDIA_INPUTS: Mapping[str, str] = MappingProxyType({"image": "image/", "mask": "image/", "audio": "audio/"})
+"""The inputs that are references to files → how the MIME type of such a file begins."""
+
+TAG_MARK = "+"
+"""Stands before each tag in the name of a queue for jobs with tags."""
 
 METADATA_ENTRIES_MAX = 16
 METADATA_KEY_CHARS_MAX = 64
@@ -54,7 +73,7 @@ class GenerateRequest(Value):
 
     task: Annotated[Task, Field(strict=False)]
     model: Annotated[str, Field(min_length=1, max_length=200)]
-    backend: Annotated[str, Field(pattern=r"^(auto|cuda|ascend|cpu|cpu-stub)$")] = "auto"
+    backend: Annotated[str, Field(pattern=f"^({'|'.join((AUTO, *Backend))})$")] = AUTO
     inputs: dict[str, object] = Field(default_factory=dict)
     config: dict[str, object] = Field(default_factory=dict)
     adapters: None = None

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import redis
+from pydantic import SecretStr
 from redis.backoff import ConstantBackoff, NoBackoff
 from redis.retry import Retry
 
 from omnirt_tasks.errors import StoreUnavailable
-from omnirt_tasks.settings import Settings
 
 CONNECT_TIMEOUT_S = 2.0
 ANSWER_TIMEOUT_S = 5.0
@@ -26,16 +26,16 @@ _TRANSIENT_ERRORS = (
 )
 
 
-def connect(settings: Settings) -> redis.Redis:
-    """A client of the job store; answers are text. Connects at its first command, and may be shared between threads.
+def connect(url: str | SecretStr) -> redis.Redis:
+    """A client of the Redis at this URL; answers are text. Connects at its first command, and threads may share it.
 
     It opens at most `CONNECTIONS_MAX` connections; more threads than that wait their turn. A command that fails on
     the network is sent again once: every script of the store may run twice.
     """
-    url = settings.redis_url.get_secret_value()
-    keepalive = {} if url.startswith("unix:") else {"socket_keepalive": True}
+    address = url.get_secret_value() if isinstance(url, SecretStr) else url
+    keepalive = {} if address.startswith("unix:") else {"socket_keepalive": True}
     pool = redis.BlockingConnectionPool.from_url(
-        url,
+        address,
         max_connections=CONNECTIONS_MAX,
         timeout=ANSWER_TIMEOUT_S,
         decode_responses=True,

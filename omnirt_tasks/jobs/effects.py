@@ -2,13 +2,18 @@
 
 from dataclasses import dataclass
 
-from omnirt_tasks.contract import EventName, ExecutionMode, JobState, Phase, Progress
+from omnirt_tasks.contract import EventName, ExecutionMode, JobRecord, JobState, Phase, Progress, QueueStatus
 from omnirt_tasks.contract.base import JsonObject
+from omnirt_tasks.contract.request import TAG_MARK
 from omnirt_tasks.contract.states import PHASE_OF_STAGE
-from omnirt_tasks.jobs.store import Cancelled, EventDraft, Failed, Outcome, Succeeded
+from omnirt_tasks.errors import JobNotFound, QueueFull
+from omnirt_tasks.jobs.store import Cancelled, EventDraft, Failed, NewJob, Outcome, Succeeded
 
 EVENT_LOG_LENGTH = 1_000
 """How many events of a job are kept; the scripts say the same."""
+
+QUEUES_MAX = 1_000
+"""How many queues may hold jobs before a further one is opened for tags, which callers are free to invent."""
 
 JOB_STAGE = "job"
 """The stage of the job's own events."""
@@ -25,6 +30,44 @@ class Ending:
     event: EventName
     data: JsonObject
     execution_mode: ExecutionMode | None = None
+
+
+def accepted(job: NewJob, now_ms: int) -> JobRecord:
+    """The record of a job that begins its life now."""
+    return JobRecord(
+        id=job.id,
+        job_id=job.id,
+        state=JobState.QUEUED,
+        queue=QueueStatus(name=job.queue, workers=0),
+        priority=job.resolved.priority,
+        backend=job.resolved.backend,
+        request=job.request,
+        metadata=job.resolved.metadata,
+        trace_id=job.trace_id,
+        enqueued_at_ms=now_ms,
+    )
+
+
+def queues_max(queue: str) -> int | None:
+    """How many queues may hold jobs for this one to be opened; None: without limit, since models name it."""
+    return QUEUES_MAX if TAG_MARK in queue else None
+
+
+def queue_full(queue: str, limit: int | None) -> QueueFull:
+    """The refusal of a job whose queue holds its limit of waiting jobs."""
+    return QueueFull(f"The queue {queue} holds {limit} waiting jobs, its limit.", "Try again later.")
+
+
+def too_many_queues() -> QueueFull:
+    """The refusal of a job whose tags would open a queue too many."""
+    return QueueFull(
+        f"Jobs wait in {QUEUES_MAX} queues, and no more are opened for tags.", "Try again later, or without tags."
+    )
+
+
+def unknown_job(job_id: str) -> JobNotFound:
+    """What is said of a job that is not there, or not the caller's."""
+    return JobNotFound(f"There is no job {job_id[:64]!r}.", "It may have expired, or been purged.")
 
 
 def ending(outcome: Outcome) -> Ending:

@@ -6,12 +6,20 @@ from typing import Protocol
 
 import redis
 
+from omnirt_tasks.clock import unix_ms
 from omnirt_tasks.contract import WorkerCapability
-from omnirt_tasks.jobs.memory import unix_time_ms
 from omnirt_tasks.jobs.redis import Scripts
 
 
-class Fleet(Protocol):
+class LiveWorkers(Protocol):
+    """Which workers live. Safe to share between threads."""
+
+    def live(self) -> tuple[WorkerCapability, ...]:
+        """The workers whose record has not run out, sorted by worker_id. Raises StoreUnavailable."""
+        ...
+
+
+class Fleet(LiveWorkers, Protocol):
     """The workers' capability records, each kept alive by its worker. Safe to share between threads.
 
     Every method raises StoreUnavailable when the store cannot be reached.
@@ -23,10 +31,6 @@ class Fleet(Protocol):
 
     def withdraw(self, worker_id: str) -> None:
         """Forget the worker at once. Idempotent."""
-        ...
-
-    def live(self) -> tuple[WorkerCapability, ...]:
-        """The workers whose record has not run out, sorted by worker_id."""
         ...
 
 
@@ -53,7 +57,7 @@ class RedisFleet:
 class MemoryFleet:
     """Fleet in this process. `now_ms` is the clock."""
 
-    def __init__(self, *, now_ms: Callable[[], int] = unix_time_ms) -> None:
+    def __init__(self, *, now_ms: Callable[[], int] = unix_ms) -> None:
         self._now_ms = now_ms
         self._lock = Lock()
         self._records: dict[str, tuple[int, WorkerCapability]] = {}

@@ -1,12 +1,12 @@
 """The job store and the event feed in memory: what OmniEngine uses, and the plain statement of the store's rules."""
 
 import secrets
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from threading import RLock
 
+from omnirt_tasks.clock import unix_ms
 from omnirt_tasks.contract import (
     ALLOWED_MOVES,
     CancelOutcome,
@@ -19,8 +19,19 @@ from omnirt_tasks.contract import (
     QueueStatus,
 )
 from omnirt_tasks.contract.base import JsonObject
-from omnirt_tasks.errors import JobNotFound, QueueFull
-from omnirt_tasks.jobs.effects import EVENT_LOG_LENGTH, JOB_STAGE, LEASE_EXPIRED, ending, phase_of, progress_of
+from omnirt_tasks.jobs.effects import (
+    EVENT_LOG_LENGTH,
+    JOB_STAGE,
+    LEASE_EXPIRED,
+    accepted,
+    ending,
+    phase_of,
+    progress_of,
+    queue_full,
+    queues_max,
+    too_many_queues,
+    unknown_job,
+)
 from omnirt_tasks.jobs.mailbox import Mailbox
 from omnirt_tasks.jobs.store import (
     Claim,
@@ -39,11 +50,6 @@ from omnirt_tasks.jobs.store import (
 )
 
 WEEK_S = 7 * 24 * 3600.0
-
-
-def unix_time_ms() -> int:
-    """The time now, in Unix milliseconds."""
-    return time.time_ns() // 1_000_000
 
 
 @dataclass
@@ -68,7 +74,7 @@ class _Entry:
 class MemoryJobStore:
     """JobStore in this process, gone with it. `now_ms` is the clock; jobs are kept `job_ttl_s` after their end."""
 
-    def __init__(self, *, job_ttl_s: float = WEEK_S, now_ms: Callable[[], int] = unix_time_ms) -> None:
+    def __init__(self, *, job_ttl_s: float = WEEK_S, now_ms: Callable[[], int] = unix_ms) -> None:
         self._job_ttl_ms = round(job_ttl_s * 1000)
         self._now_ms = now_ms
         self._lock = RLock()
@@ -84,24 +90,13 @@ class MemoryJobStore:
             if known := self._entries.get(job.id):
                 return known.job
             if queue_limit is not None and self.depth(job.queue).waiting >= queue_limit:
-                raise QueueFull(
-                    f"The queue {job.queue} holds {queue_limit} waiting jobs, its limit.", "Try again later."
-                )
+                raise queue_full(job.queue, queue_limit)
+            most = queues_max(job.queue)
+            if most is not None and len(queues := self.queues()) >= most and job.queue not in queues:
+                raise too_many_queues()
             now_ms = self._now_ms()
-            record = JobRecord(
-                id=job.id,
-                job_id=job.id,
-                state=JobState.QUEUED,
-                queue=QueueStatus(name=job.queue, workers=0),
-                priority=job.resolved.priority,
-                backend=job.resolved.backend,
-                request=job.request,
-                metadata=job.resolved.metadata,
-                trace_id=job.trace_id,
-                enqueued_at_ms=now_ms,
-            )
             self._serial += 1
-            stored = StoredJob(record, job.owner, job.queue, job.resolved, job.traceparent)
+            stored = StoredJob(accepted(job, now_ms), job.owner, job.queue, job.resolved, job.traceparent)
             entry = self._entries[job.id] = _Entry(stored, self._serial, sent_at_ms=now_ms)
             self._count(entry)
             self._log(entry, EventName.JOB_ENQUEUED, {"queue": job.queue})
@@ -225,7 +220,7 @@ class MemoryJobStore:
         if unfinished:
             self._tell_of_cancel(job_id)
 
-    def reconcile(self, *, unclaimed_after_ms: int = 5_000) -> Reconciled:
+    def reconcile(self, *, unclaimed_after_ms: int) -> Reconciled:
         """See JobStore."""
         resend: list[tuple[str, str]] = []
         expired: list[str] = []
@@ -241,15 +236,14 @@ class MemoryJobStore:
                     resend.append((job_id, entry.job.queue))
         return Reconciled(resend, expired)
 
-    def expired(self, limit: int = 100) -> Sequence[StoredJob]:
+    def expired(self, limit: int = 100, *, skip: int = 0) -> Sequence[StoredJob]:
         """See JobStore."""
         with self._lock:
             now_ms = self._now_ms()
             jobs = [entry.job for entry in self._entries.values()]
         ended = [(job.record.expires_at_ms, job) for job in jobs if job.record.expires_at_ms is not None]
-        return [job for expires_at_ms, job in sorted(ended, key=lambda pair: pair[0]) if expires_at_ms <= now_ms][
-            :limit
-        ]
+        oldest_first = sorted(ended, key=lambda pair: pair[0])
+        return [job for expires_at_ms, job in oldest_first if expires_at_ms <= now_ms][skip : skip + limit]
 
     def events(self, job_id: str, *, after: int = 0) -> Sequence[Event]:
         """See JobStore."""
@@ -308,7 +302,7 @@ class MemoryJobStore:
     def _entry(self, job_id: str) -> _Entry:
         if entry := self._entries.get(job_id):
             return entry
-        raise JobNotFound(f"There is no job {job_id[:64]!r}.", "It may have expired, or been purged.")
+        raise unknown_job(job_id)
 
     def _held(self, lease: Lease) -> _Entry | None:
         entry = self._entries.get(lease.job_id)

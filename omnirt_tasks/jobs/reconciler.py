@@ -26,6 +26,8 @@ ROUND_LIMIT_S = 15.0
 """How long a round may hold the lock before another process takes over."""
 BACKOFF_MAX_S = 10.0
 HOUSEKEEPING_EVERY_S = 60.0
+SWEEP_LIMIT = 100
+"""The most expired jobs that one round removes; the rest follows in the next."""
 
 # kombu spreads a queue over one list per priority: the plain name, then these ends.
 _PRIORITY_ENDS = ("", "\x06\x163", "\x06\x166", "\x06\x169")
@@ -36,7 +38,8 @@ class Reconciler:
 
     `resend` sends a job's message (job id, queue). `waiting_in_broker` tells which job ids have a message in the
     broker's queue. `remove_files` removes what a job left in storage. `turn` is entered for each round, and yields
-    whether this process is to act. `housekeeping` is called about once a minute by whoever acts.
+    whether this process is to act. `housekeeping` is called about once a minute by whoever acts. What fails of the
+    removing is logged and tried again; the recovery of jobs never waits for it.
     """
 
     def __init__(
@@ -60,6 +63,8 @@ class Reconciler:
         self._turn = turn
         self._housekeeping = housekeeping
         self._housekeeping_at = monotonic()
+        self._passed_over = 0  # expired jobs, oldest first, whose files could not be removed
+        self._failing: set[str] = set()  # the chores that failed when last done
         self._closing = Event()
         self._thread: Thread | None = None
 
@@ -75,15 +80,27 @@ class Reconciler:
             self._thread.join(timeout_s)
 
     def round(self) -> bool:
-        """Reconcile and sweep once, if it is this process's turn; whether it was."""
+        """Reconcile and sweep once, if it is this process's turn; whether it was. Raises what stops the reconciling."""
         with self._turn() as mine:
             if mine:
                 self._reconcile()
-                self._sweep()
+                self._do("removing expired jobs", self._sweep)
                 if monotonic() >= self._housekeeping_at:
                     self._housekeeping_at = monotonic() + HOUSEKEEPING_EVERY_S
-                    self._housekeeping()
+                    self._do("housekeeping", self._housekeeping)
             return mine
+
+    def _do(self, chore: str, do: Callable[[], object]) -> None:
+        try:
+            do()
+        except Exception:  # a boundary: whatever is wrong with storage must not slow the recovery of jobs
+            if chore not in self._failing:
+                log.exception("%s failed; further failures in a row are not logged", chore)
+            self._failing.add(chore)
+        else:
+            if chore in self._failing:
+                log.info("%s works again", chore)
+            self._failing.discard(chore)
 
     def _run(self) -> None:
         failures = 0
@@ -109,15 +126,18 @@ class Reconciler:
                 self._resend(job_id, queue)
 
     def _sweep(self) -> None:
-        failure: OmnirtError | None = None
-        for job in self._store.expired():
+        jobs = self._store.expired(SWEEP_LIMIT, skip=self._passed_over)
+        failures: list[OmnirtError] = []
+        for job in jobs:
             try:
                 self._remove_files(job)
                 self._store.purge(job.record.id)
             except OmnirtError as error:  # its files stay findable by its record, and the others' turn comes too
-                failure = error
-        if failure is not None:
-            raise failure
+                failures.append(error)
+        # Those that failed stay first in line: they are passed over until all others had their turn.
+        self._passed_over = self._passed_over + len(failures) if len(jobs) == SWEEP_LIMIT else 0
+        if failures:
+            raise failures[-1]
 
 
 def redis_turn(client: redis.Redis, *, prefix: str, every_s: float) -> Callable[[], AbstractContextManager[bool]]:
@@ -154,8 +174,9 @@ def celery_waiting(client: redis.Redis, *, prefix: str) -> Callable[[str], froze
     known: dict[str, tuple[float, frozenset[str]]] = {}  # queue → until when it serves, what was read
 
     def waiting(queue: str) -> frozenset[str]:
-        until, task_ids = known.get(queue, (0.0, frozenset()))
-        if monotonic() >= until:
+        for name in [name for name, (until, _) in known.items() if monotonic() >= until]:
+            del known[name]
+        if queue not in known:
             pipeline = broker.pipeline(transaction=False)
             for end in _PRIORITY_ENDS:
                 pipeline.lrange(prefix + queue + end, 0, -1)
@@ -165,7 +186,7 @@ def celery_waiting(client: redis.Redis, *, prefix: str) -> Callable[[str], froze
                 task_id for messages in lists for message in messages if (task_id := _task_id(message))
             )
             known[queue] = (monotonic() + len(task_ids) / 1000, task_ids)
-        return task_ids
+        return known[queue][1]
 
     return waiting
 

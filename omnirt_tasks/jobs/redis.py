@@ -38,9 +38,18 @@ from omnirt_tasks.contract import (
     ResolvedRequest,
 )
 from omnirt_tasks.contract.base import JsonObject
-from omnirt_tasks.errors import JobNotFound, QueueFull
 from omnirt_tasks.jobs.connection import reaching_store
-from omnirt_tasks.jobs.effects import ending, phase_of, progress, progress_of
+from omnirt_tasks.jobs.effects import (
+    accepted,
+    ending,
+    phase_of,
+    progress,
+    progress_of,
+    queue_full,
+    queues_max,
+    too_many_queues,
+    unknown_job,
+)
 from omnirt_tasks.jobs.store import (
     Claim,
     EventDraft,
@@ -109,28 +118,26 @@ class RedisJobStore:
             "traceparent": job.traceparent,
         }
         pairs = [text for name, value in fields.items() if value is not None for text in (name, value)]
+        most = queues_max(job.queue)
         outcome, now_ms, *position = self._scripts.run(
             "create", job.id, job.queue, job.owner, -1 if queue_limit is None else queue_limit,
+            -1 if most is None else most,
             job.resolved.task, job.resolved.model, _json({"queue": job.queue}), *pairs,
         )  # fmt: skip
         if outcome == "full":
-            raise QueueFull(f"The queue {job.queue} holds {queue_limit} waiting jobs, its limit.", "Try again later.")
+            raise queue_full(job.queue, queue_limit)
+        if outcome == "too many queues":
+            raise too_many_queues()
         if outcome == "exists":
             return self.get(job.id)
-        record = JobRecord(
-            id=job.id,
-            job_id=job.id,
-            state=JobState.QUEUED,
-            queue=QueueStatus(name=job.queue, workers=0),
-            priority=job.resolved.priority,
-            backend=job.resolved.backend,
-            request=job.request,
-            metadata=job.resolved.metadata,
-            trace_id=job.trace_id,
-            enqueued_at_ms=now_ms,
-        )
         return StoredJob(
-            record, job.owner, job.queue, job.resolved, job.traceparent, last_seq=1, position=int(position[0])
+            accepted(job, now_ms),
+            job.owner,
+            job.queue,
+            job.resolved,
+            job.traceparent,
+            last_seq=1,
+            position=int(position[0]),
         )
 
     def get(self, job_id: str) -> StoredJob:
@@ -138,7 +145,7 @@ class RedisJobStore:
         with reaching_store():
             fields = self._client.hgetall(self._key("job", job_id))
         if not fields:
-            raise _unknown(job_id)
+            raise unknown_job(job_id)
         return _stored(job_id, fields)
 
     def page(self, query: JobQuery) -> JobPage:
@@ -222,14 +229,14 @@ class RedisJobStore:
         """See JobStore."""
         answer = self._scripts.run("cancel", job_id)
         if answer is None:
-            raise _unknown(job_id)
+            raise unknown_job(job_id)
         return CancelOutcome(answer)
 
     def purge(self, job_id: str) -> None:
         """See JobStore."""
         self._scripts.run("purge", job_id)
 
-    def reconcile(self, *, unclaimed_after_ms: int = 5_000) -> Reconciled:
+    def reconcile(self, *, unclaimed_after_ms: int) -> Reconciled:
         """See JobStore."""
         resend: list[tuple[str, str]] = []
         expired: list[str] = []
@@ -242,11 +249,11 @@ class RedisJobStore:
             resend += [(job_id, queue) for job_id in (*requeued, *unclaimed)]
         return Reconciled(resend, expired)
 
-    def expired(self, limit: int = 100) -> Sequence[StoredJob]:
+    def expired(self, limit: int = 100, *, skip: int = 0) -> Sequence[StoredJob]:
         """See JobStore."""
         with reaching_store():
             now_ms = self._now_ms()
-            ids = self._client.zrange(self._key("finished"), "-inf", now_ms, byscore=True, offset=0, num=limit)
+            ids = self._client.zrange(self._key("finished"), "-inf", now_ms, byscore=True, offset=skip, num=limit)
             records = self._records(ids)
         for job_id, fields in zip(ids, records, strict=True):
             if fields is None:  # Redis dropped the record before the sweeper came
@@ -258,7 +265,7 @@ class RedisJobStore:
         with reaching_store():
             entries = self._client.xrange(self._key("log", job_id), min=f"({max(0, after)}-0")
             if not entries and not self._client.exists(self._key("job", job_id)):
-                raise _unknown(job_id)
+                raise unknown_job(job_id)
         return [Event.model_validate_json(entry["event"]) for _, entry in entries]
 
     def depth(self, queue: str) -> QueueDepth:
@@ -276,7 +283,7 @@ class RedisJobStore:
         """See JobStore."""
         rank = self._scripts.run("position", job_id)
         if rank is None:
-            raise _unknown(job_id)
+            raise unknown_job(job_id)
         return rank or None
 
     def queues(self) -> Sequence[str]:
@@ -322,10 +329,6 @@ class RedisJobStore:
 
 def _json(value: JsonObject) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
-
-
-def _unknown(job_id: str) -> JobNotFound:
-    return JobNotFound(f"There is no job {job_id[:64]!r}.", "It may have expired, or been purged.")
 
 
 def _stored(job_id: str, fields: Mapping[str, str]) -> StoredJob:

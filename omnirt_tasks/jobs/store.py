@@ -175,6 +175,10 @@ class QueueDepth:
     waiting: int
     running: int
 
+    def __add__(self, other: "QueueDepth") -> "QueueDepth":
+        """The depth of two queues together."""
+        return QueueDepth(self.waiting + other.waiting, self.running + other.running)
+
 
 class JobStore(Protocol):
     """The truth about every job. Safe to share between threads.
@@ -186,7 +190,8 @@ class JobStore(Protocol):
     def create(self, job: NewJob, *, queue_limit: int | None = None) -> StoredJob:
         """Write a new job in state queued, with its `job_enqueued` event. Durable when it returns.
 
-        Raises QueueFull when the queue already holds `queue_limit` waiting jobs. A second job of the same id changes
+        Raises QueueFull when the queue already holds `queue_limit` waiting jobs, or when it is for jobs with tags, has
+        none, and too many queues hold jobs (`effects.QUEUES_MAX`). A second job of the same id changes
         nothing: the first is returned.
         """
         ...
@@ -249,7 +254,7 @@ class JobStore(Protocol):
         """
         ...
 
-    def reconcile(self, *, unclaimed_after_ms: int = 5_000) -> Reconciled:
+    def reconcile(self, *, unclaimed_after_ms: int) -> Reconciled:
         """Requeue what runs under an expired lease, and name what may have to be sent again.
 
         A job that is queued for `unclaimed_after_ms` is named once per such period. Whether its message still waits
@@ -257,8 +262,8 @@ class JobStore(Protocol):
         """
         ...
 
-    def expired(self, limit: int = 100) -> Sequence[StoredJob]:
-        """Jobs whose `expires_at_ms` has passed, for the sweeper to purge."""
+    def expired(self, limit: int = 100, *, skip: int = 0) -> Sequence[StoredJob]:
+        """Jobs whose `expires_at_ms` has passed, for the sweeper to purge: oldest first, without the first `skip`."""
         ...
 
     def events(self, job_id: str, *, after: int = 0) -> Sequence[Event]:
@@ -291,7 +296,7 @@ class Missed:
     """Events may have been lost, by a slow watcher or while the connection was away: read the log."""
 
 
-class EventFeed(Protocol):
+class EventSource(Protocol):
     """Live events, for watchers of one job. Safe to share between threads."""
 
     def subscribe(self, job_id: str) -> "Subscription":
@@ -300,6 +305,10 @@ class EventFeed(Protocol):
         Raises StoreUnavailable when the store cannot be reached.
         """
         ...
+
+
+class EventFeed(EventSource, Protocol):
+    """The live events of a process, and what else is told beside them."""
 
     def on_cancel(self, callback: Callable[[str], None]) -> None:
         """Call `callback` with the id of each running job whose cancel is asked for, from a thread of the feed.

@@ -6,7 +6,7 @@ from time import monotonic
 
 from omnirt_tasks.contract import Event
 from omnirt_tasks.errors import StoreUnavailable
-from omnirt_tasks.jobs.store import EventFeed, JobStore, StoredJob
+from omnirt_tasks.jobs.store import EventSource, JobStore, StoredJob
 
 RETRY_S = 1.0
 """How long a watcher waits before it asks a store again that was away."""
@@ -17,7 +17,7 @@ or a notice have got lost in a way that the feed cannot see; so a wait ends late
 
 
 def watch(
-    store: JobStore, feed: EventFeed, job_id: str, *, after: int = 0, keepalive_s: float = 15.0
+    store: JobStore, feed: EventSource, job_id: str, *, after: int = 0, keepalive_s: float = 15.0
 ) -> Generator[Event | None, None, None]:
     """The job's events with seq > `after`, in order, without gap or repeat, until the terminal event is told.
 
@@ -60,7 +60,7 @@ def watch(
                     return
 
 
-def wait_finished(store: JobStore, feed: EventFeed, job_id: str, *, timeout_s: float) -> StoredJob | None:
+def wait_finished(store: JobStore, feed: EventSource, job_id: str, *, timeout_s: float) -> StoredJob | None:
     """The job once it is over, or None if that takes longer than `timeout_s`.
 
     Raises JobNotFound, and StoreUnavailable when the store is away at the start or at the deadline.

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from omnirt_tasks.contract import ArtifactKind, Backend, ExecutionMode, Task
+from omnirt_tasks.contract import ArtifactKind, Backend, ExecutionMode, Task, Tier
 from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.registry import options
 from omnirt_tasks.registry.loading import load_diffusers
@@ -57,7 +57,7 @@ def _task(
     )
 
 
-def _model(model_id: str, summary: str, tasks: Mapping[Task, TaskSpec], tier: str, status: str, gib: int) -> ModelSpec:
+def _model(model_id: str, summary: str, tasks: Mapping[Task, TaskSpec], tier: Tier, status: str, gib: int) -> ModelSpec:
     return ModelSpec(
         id=model_id,
         family="sdxl",
@@ -90,7 +90,7 @@ SPECS = (
             Task.IMAGE2IMAGE: _task(Task.IMAGE2IMAGE, strength=0.8),
             Task.INPAINT: _task(Task.INPAINT, strength=1.0),
         },
-        tier="adjacent",
+        tier=Tier.ADJACENT,
         status="stable",
         gib=12,
     ),
@@ -98,7 +98,7 @@ SPECS = (
         "sdxl-refiner-1.0",
         "Stable Diffusion XL refiner: adds detail to a picture.",
         {Task.IMAGE2IMAGE: _task(Task.IMAGE2IMAGE, strength=0.3)},
-        tier="adjacent",
+        tier=Tier.ADJACENT,
         status="beta",
         gib=12,
     ),
@@ -110,7 +110,7 @@ SPECS = (
                 Task.TEXT2IMAGE, steps=4, guidance=0.0, scheduler="euler-ancestral", presets=_TURBO_PRESETS
             )
         },
-        tier="experimental",
+        tier=Tier.EXPERIMENTAL,
         status="beta",
         gib=10,
     ),

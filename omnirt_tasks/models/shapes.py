@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from omnirt_tasks.contract import ArtifactKind, Backend, ExecutionMode, Task
+from omnirt_tasks.contract import ArtifactKind, Backend, ExecutionMode, Task, Tier
 from omnirt_tasks.registry import options
 from omnirt_tasks.registry.loading import load_diffusers
 from omnirt_tasks.registry.spec import LoadRequest, ModelSpec, TaskSpec
@@ -48,7 +48,7 @@ SPECS = (
         # On the CPU it takes well under a second, so that is where a job goes when nobody serves it yet.
         backends=(Backend.CPU, Backend.CUDA),
         execution_mode=ExecutionMode.LEGACY_CALL,
-        tier="core",
+        tier=Tier.CORE,
         status="stable",
         weights=Path(__file__).parent / "weights" / "shapes",
         loader=load,

@@ -1,6 +1,6 @@
 """`stub`: a model without a model, on the backend cpu-stub, for tests, drills and benchmarks; it needs no torch."""
 
-from omnirt_tasks.contract import ArtifactKind, Backend, ExecutionMode, Task
+from omnirt_tasks.contract import ArtifactKind, Backend, ExecutionMode, Task, Tier
 from omnirt_tasks.registry import options
 from omnirt_tasks.registry.spec import ModelSpec, Option, OptionKind, TaskSpec
 
@@ -56,7 +56,7 @@ SPECS = (
         },
         backends=(Backend.CPU_STUB,),
         execution_mode=ExecutionMode.LEGACY_CALL,
-        tier="experimental",
+        tier=Tier.EXPERIMENTAL,
         status="stable",
     ),
 )

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from types import MappingProxyType
 
-from omnirt_tasks.contract import Task
+from omnirt_tasks.contract import Task, Tier
 from omnirt_tasks.errors import ConfigurationError, ModelNotFound
 from omnirt_tasks.registry.spec import ModelSpec
 
@@ -37,16 +37,16 @@ class Catalog:
         return iter(self._by_id.values())
 
     def find(self, name: str) -> ModelSpec:
-        """The model with this id or alias. Raises ModelNotFound, which names the nearest ones."""
+        """The model with this id or alias. Raises ModelNotFound, whose hint names the nearest ones."""
         spec = self._by_name.get(name)
         if spec is not None:
             return spec
         nearest = difflib.get_close_matches(name.lower(), self._by_name, n=NEAREST_COUNT, cutoff=0.5)
         shown = name if len(name) <= 80 else name[:77] + "..."
         hint = f"Did you mean {' or '.join(nearest)}?" if nearest else "GET /v1/models lists every model."
-        raise ModelNotFound(f"No model is named {shown!r}. {hint}", hint)
+        raise ModelNotFound(f"No model is named {shown!r}.", hint)
 
-    def having(self, *, task: Task | None = None, tier: str | None = None) -> tuple[ModelSpec, ...]:
+    def having(self, *, task: Task | None = None, tier: Tier | None = None) -> tuple[ModelSpec, ...]:
         """The models of a task, a tier, or both, by id."""
         return tuple(
             spec for spec in self if (task is None or task in spec.tasks) and (tier is None or spec.tier == tier)

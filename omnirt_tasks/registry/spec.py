@@ -6,7 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from omnirt_tasks.contract import ArtifactKind, Backend, ExecutionMode, Task
+from omnirt_tasks.contract import ArtifactKind, Backend, ExecutionMode, Task, Tier
 from omnirt_tasks.contract.base import JsonObject
 
 SEED_MAX = 2**63 - 1
@@ -69,10 +69,10 @@ Loader = Callable[["ModelSpec", LoadRequest], Any]
 class ModelSpec:
     """One model.
 
-    `queue` names the queue of models which live on a device together (`{backend}-{queue}`). `tier` is core, adjacent
-    or experimental; `status` stable or beta. `min_memory_bytes` is what a device must have. `weights` is the folder
-    that ships with the project, if any; otherwise the operator names one (`OMNIRT_MODEL_FOLDERS`).
-    `loader` is None where a backend needs none (cpu-stub).
+    `queue` names the queue of models which live on a device together (`{backend}-{queue}`). `status` is
+    stable or beta. `min_memory_bytes` is about what the model takes on a device; nothing refuses a smaller device yet.
+    `weights` is the folder that ships with the project, if any; otherwise the operator names one
+    (`OMNIRT_MODEL_FOLDERS`). `loader` is None where a backend needs none (cpu-stub).
     """
 
     id: str
@@ -82,7 +82,7 @@ class ModelSpec:
     tasks: Mapping[Task, TaskSpec]
     backends: tuple[Backend, ...]
     execution_mode: ExecutionMode
-    tier: str
+    tier: Tier
     status: str
     aliases: tuple[str, ...] = ()
     owned_by: str = "omnirt"

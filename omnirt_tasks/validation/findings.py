@@ -29,19 +29,14 @@ def failure(findings: Iterable[Finding]) -> OmnirtError:
     return ValidationFailed([finding.problem for finding in found])
 
 
-def problem(loc: str, rule: str, message: str) -> Problem:
-    """A problem at a place."""
-    return Problem(loc=loc, rule=rule, message=message)
-
-
 def unknown_field(place: str, name: str, allowed: tuple[str, ...]) -> Problem:
     """The problem of a field that is not there, with the nearest that is."""
     nearest = difflib.get_close_matches(name, allowed, n=1)
     remedy = f"did you mean {nearest[0]}?" if nearest else f"it takes {listed(allowed)}."
-    return problem(
-        f"{place}.{name[:PLACE_CHARS]}" if place else name[:PLACE_CHARS],
-        "unknown_field",
-        f"There is no such field; {remedy}",
+    return Problem(
+        loc=f"{place}.{name[:PLACE_CHARS]}" if place else name[:PLACE_CHARS],
+        rule="unknown_field",
+        message=f"There is no such field; {remedy}",
     )
 
 

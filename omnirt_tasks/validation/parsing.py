@@ -7,10 +7,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from omnirt_tasks.contract import Backend, GenerateRequest, Problem
+from omnirt_tasks.contract import AUTO, Backend, GenerateRequest, Problem
 from omnirt_tasks.errors import InvalidJson, ValidationFailed
 from omnirt_tasks.registry.catalog import Catalog
-from omnirt_tasks.validation.findings import PLACE_CHARS, Finding, failure, problem, shown, unknown_field
+from omnirt_tasks.validation.findings import PLACE_CHARS, Finding, failure, shown, unknown_field
 from omnirt_tasks.validation.resolving import Door, resolve
 
 JSON_DEPTH_MAX = 32
@@ -28,6 +28,8 @@ def parse_json(body: bytes | str) -> dict[str, object]:
         raise _too_deep() from None
     except (ValueError, UnicodeError) as error:
         where = f" (line {error.lineno}, column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
+        if isinstance(error, _Constant):
+            where = f": it holds {error}, which is no JSON number"
         raise InvalidJson(f"The body is not JSON{where}.", "Send one JSON object in UTF-8.") from None
     if not isinstance(parsed, dict):
         raise ValidationFailed([Problem(loc="body", rule="type", message="It must be a JSON object.")])
@@ -78,13 +80,19 @@ def _shape_problem(fault: Any) -> Problem:
     if rule == "unknown_field":
         return unknown_field("", loc, tuple(GenerateRequest.model_fields))
     if loc == "backend" and rule == "pattern":
-        return problem(loc, "choice", f"{shown(fault['input'])} is no backend; use auto, {', '.join(Backend)}.")
+        told = f"{shown(fault['input'])} is no backend; use {', '.join((AUTO, *Backend))}."
+        return Problem(loc=loc, rule="choice", message=told)
     told = remedy.format_map(fault.get("ctx") or {})
-    return problem(loc, rule, told if rule == "required" else f"{shown(fault['input'])} is not accepted: {told}")
+    message = told if rule == "required" else f"{shown(fault['input'])} is not accepted: {told}"
+    return Problem(loc=loc, rule=rule, message=message)
+
+
+class _Constant(ValueError):
+    """NaN, Infinity or -Infinity, which Python reads and JSON does not know."""
 
 
 def _refuse_constant(name: str) -> float:
-    raise ValueError(name)
+    raise _Constant(name)
 
 
 def _whole_number(digits: str) -> float:

@@ -9,13 +9,21 @@ from dataclasses import dataclass
 
 from pydantic import JsonValue
 
-from omnirt_tasks.contract import Backend, GenerateRequest, Inputs, Problem, ResolvedRequest
+from omnirt_tasks.contract import (
+    AUTO,
+    MEDIA_INPUTS,
+    Backend,
+    GenerateRequest,
+    Inputs,
+    Problem,
+    ResolvedRequest,
+    Tier,
+)
 from omnirt_tasks.errors import BackendUnsupported, ModelNotFound, ModelTierDisabled, StubDisabled
 from omnirt_tasks.registry import presets
 from omnirt_tasks.registry.catalog import Catalog
 from omnirt_tasks.registry.spec import SEED_MAX, ModelSpec, Option, OptionKind, TaskSpec
-from omnirt_tasks.routing import AUTO
-from omnirt_tasks.validation.findings import Finding, failure, listed, problem, shown, unknown_field
+from omnirt_tasks.validation.findings import Finding, failure, listed, shown, unknown_field
 
 PROMPT_CHARS_MAX = 8_000
 FRAMES_MAX = 1_024
@@ -23,7 +31,6 @@ FPS_MAX = 120
 DRAWN_SEED_MAX = 2**32 - 1  # a drawn seed stays short enough to be typed again
 
 _TEXTS = ("prompt", "negative_prompt", "reference_text")
-_REFERENCES = ("image", "mask", "audio")
 _WHOLE_NUMBERS = {"num_frames": FRAMES_MAX, "fps": FPS_MAX}
 _REFERENCE = re.compile(
     r"upload:[A-Za-z0-9][A-Za-z0-9-]{0,63}|artifact:[A-Za-z0-9-]{1,64}/[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
@@ -36,7 +43,7 @@ class Door:
     """What the door that a request came through allows."""
 
     allow_stub: bool = True
-    disabled_tiers: tuple[str, ...] = ()
+    disabled_tiers: tuple[Tier, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,12 +75,12 @@ def resolve(request: GenerateRequest, catalog: Catalog, *, door: Door) -> Resolu
     try:
         spec = catalog.find(request.model)
     except ModelNotFound as error:
-        return Resolution(None, None, (Finding(problem("model", "known", error.message), error),))
+        return Resolution(None, None, (Finding(Problem(loc="model", rule="known", message=str(error)), error),))
     findings = list(_check_place(request, spec, door))
     task = spec.tasks.get(request.task)
     if task is None:
-        does = ", ".join(spec.tasks)
-        findings.append(Finding(problem("task", "choice", f"{spec.id} does not do {request.task}; it does {does}.")))
+        told = f"{spec.id} does not do {request.task}; it does {', '.join(spec.tasks)}."
+        findings.append(Finding(Problem(loc="task", rule="choice", message=told)))
         return Resolution(None, spec, tuple(findings))
     findings += [Finding(problem) for problem in _check_inputs(request.inputs, task)]
     config, problems = _resolve_config(request, task)
@@ -99,40 +106,40 @@ def _check_place(request: GenerateRequest, spec: ModelSpec, door: Door) -> Itera
             f"Models of the tier {spec.tier} are switched off here, {spec.id} among them.",
             "Ask the operator, or use another model.",
         )
-        yield Finding(problem("model", "tier", tier.message), tier)
+        yield Finding(Problem(loc="model", rule="tier", message=str(tier)), tier)
     stub_only = set(spec.backends) == {Backend.CPU_STUB}
     if not door.allow_stub and (request.backend == Backend.CPU_STUB or stub_only):
         closed = StubDisabled(
             "The backend cpu-stub is closed here.",
             "Use another model; the operator opens it with OMNIRT_ALLOW_STUB=true.",
         )
-        yield Finding(problem("backend", "allowed", closed.message), closed)
+        yield Finding(Problem(loc="backend", rule="allowed", message=str(closed)), closed)
     if request.backend != AUTO and request.backend not in spec.backends:
         unsupported = BackendUnsupported(
             f"{spec.id} does not run on the backend {request.backend}.",
             f"Use auto or one of {', '.join(spec.backends)}.",
         )
-        yield Finding(problem("backend", "supported", f"{unsupported.message} {unsupported.hint}"), unsupported)
+        yield Finding(Problem(loc="backend", rule="supported", message=str(unsupported)), unsupported)
 
 
 def _check_inputs(inputs: Mapping[str, object], task: TaskSpec) -> Iterable[Problem]:
     allowed = (*task.required_inputs, *task.optional_inputs)
     for name in task.required_inputs:
         if inputs.get(name) is None:
-            yield problem(
-                f"inputs.{name}", "required", f"It is missing; this task needs {listed(task.required_inputs)}."
-            )
+            needed = f"It is missing; this task needs {listed(task.required_inputs)}."
+            yield Problem(loc=f"inputs.{name}", rule="required", message=needed)
     for name, value in inputs.items():
         if name not in allowed:
             yield unknown_field("inputs", name, allowed)
         elif value is not None and (told := _input_problem(name, value, name in task.required_inputs)):
-            yield problem(f"inputs.{name}", *told)
+            rule, message = told
+            yield Problem(loc=f"inputs.{name}", rule=rule, message=message)
 
 
 def _input_problem(name: str, value: object, required: bool) -> tuple[str, str] | None:
     if name in _TEXTS:
         return _text_problem(value, required)
-    if name in _REFERENCES:
+    if name in MEDIA_INPUTS:
         return _reference_problem(value)
     most = _WHOLE_NUMBERS[name]
     return _number_problem(Option(name, OptionKind.INTEGER, None, "", minimum=1, maximum=most), value)
@@ -169,7 +176,8 @@ def _resolve_config(request: GenerateRequest, task: TaskSpec) -> tuple[dict[str,
         if option is None:
             problems.append(unknown_field("config", name, tuple(task.options)))
         elif told := _option_problem(option, value):
-            problems.append(problem(f"config.{name}", *told))
+            rule, message = told
+            problems.append(Problem(loc=f"config.{name}", rule=rule, message=message))
         else:
             explicit[name] = _plain(option, value)
     preset = explicit.get("preset", presets.DEFAULT_PRESET)
@@ -191,11 +199,8 @@ def _settle_seed(config: dict[str, JsonValue]) -> Iterable[Problem]:
     if seed is None:
         config["seed"] = secrets.randbelow(DRAWN_SEED_MAX + 1)
     elif isinstance(seed, int) and isinstance(count, int) and seed > SEED_MAX - count + 1:
-        yield problem(
-            "config.seed",
-            "maximum",
-            f"{seed} leaves no seed for the last of {count} pictures; use at most {SEED_MAX - count + 1}.",
-        )
+        told = f"{seed} leaves no seed for the last of {count} pictures; use at most {SEED_MAX - count + 1}."
+        yield Problem(loc="config.seed", rule="maximum", message=told)
 
 
 def _option_problem(option: Option, value: object) -> tuple[str, str] | None:

@@ -26,7 +26,7 @@ def rig(request: pytest.FixtureRequest, settings: Settings) -> Iterator[Rig]:
     if request.param == "memory":
         yield memory_rig()
         return
-    client = connect(settings)
+    client = connect(settings.redis_url)
     store = RedisJobStore(client, prefix=settings.key_prefix, job_ttl_s=JOB_TTL_S)
     feed = RedisFeed(client, prefix=settings.key_prefix)
     yield Rig(store, feed, lambda ms: pass_redis_time(client, ms))

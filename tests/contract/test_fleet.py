@@ -24,7 +24,7 @@ def rig(request: pytest.FixtureRequest, settings: Settings) -> Iterator[FleetRig
         clock = ManualClock()
         yield FleetRig(MemoryFleet(now_ms=clock), clock.pass_time)
         return
-    client = connect(settings)
+    client = connect(settings.redis_url)
     yield FleetRig(RedisFleet(client, prefix=settings.key_prefix), lambda ms: pass_redis_time(client, ms))
     client.close()
 

@@ -444,7 +444,7 @@ def test_a_job_whose_lease_expired_is_queued_again_and_named_once(rig: Rig) -> N
 def test_a_job_whose_lease_expired_after_its_cancel_is_cancelled_and_not_sent(rig: Rig) -> None:
     job_id, _, _ = _lapsed(rig)
     rig.store.cancel(job_id)
-    assert not rig.store.reconcile().resend
+    assert not rig.store.reconcile(unclaimed_after_ms=LONG_MS).resend
     assert rig.store.get(job_id).record.state is JobState.CANCELLED
 
 
@@ -538,6 +538,33 @@ def test_events_appended_by_many_threads_count_without_gaps(rig: Rig) -> None:
         assert all(pool.map(lambda number: rig.store.append(lease, [step(number, 80)] * 3), range(1, 81)))
     log = rig.store.events(job_id)
     assert [event.seq for event in log] == list(range(1, len(log) + 1))
+
+
+def test_tags_open_no_more_queues_than_there_may_be(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("omnirt_tasks.jobs.effects.QUEUES_MAX", 2)
+    first = rig.store.create(new_job(queue="cpu-shapes+a")).record.id
+    rig.store.create(new_job(queue="cpu-shapes+b"))
+    with pytest.raises(QueueFull, match="tags"):
+        rig.store.create(new_job(queue="cpu-shapes+c"))
+    assert rig.store.queues() == ["cpu-shapes+a", "cpu-shapes+b"]
+    rig.store.create(new_job(queue="cpu-shapes+b"))  # a queue that is open takes more
+    rig.store.create(new_job(queue="cpu-shapes"))  # and models open theirs in any case
+    rig.store.create(new_job(queue="cuda-sdxl"))
+    for job in rig.store.page(JobQuery(owner="alice")).jobs:
+        if job.record.id != first:
+            rig.store.cancel(job.record.id)
+    rig.store.create(new_job(queue="cpu-shapes+c"))  # those that have emptied make room
+    assert rig.store.queues() == ["cpu-shapes+a", "cpu-shapes+c"]
+
+
+def test_expired_jobs_are_named_oldest_first_without_those_to_skip(rig: Rig) -> None:
+    jobs = [rig.store.create(new_job()).record.id for _ in range(3)]
+    for job_id in jobs:
+        rig.store.cancel(job_id)
+        rig.pass_time(2)
+    rig.pass_time(60)
+    assert [job.record.id for job in rig.store.expired()] == jobs
+    assert [job.record.id for job in rig.store.expired(1, skip=1)] == jobs[1:2]
 
 
 def test_what_the_log_holds_is_json(rig: Rig) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -34,6 +35,7 @@ class Surroundings:
     sent: list[tuple[str, str]] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     fails: str | None = None
+    unremovable: set[str] = field(default_factory=set)
 
     def resend(self, job_id: str, queue: str) -> None:
         if self.fails:
@@ -41,8 +43,8 @@ class Surroundings:
         self.sent.append((job_id, queue))
 
     def remove_files(self, job: StoredJob) -> None:
-        if self.fails == job.record.id:
-            raise StorageError(self.fails)
+        if self.fails == job.record.id or job.record.id in self.unremovable:
+            raise StorageError("The storage is away.")
         self.removed.append(job.record.id)
 
 
@@ -85,7 +87,7 @@ def store(clock: ManualClock) -> MemoryJobStore:
 
 @pytest.fixture
 def client(settings: Settings) -> Iterator[Any]:
-    client = connect(settings)
+    client = connect(settings.redis_url)
     yield client
     client.close()
 
@@ -138,13 +140,68 @@ def test_a_job_whose_files_cannot_be_removed_keeps_its_record_and_stops_no_other
     store.cancel(other)
     clock.pass_time(10)
     around = Surroundings(fails=stuck)
-    with pytest.raises(StorageError):
-        _reconciler(store, around).round()
+    assert _reconciler(store, around).round()
     assert around.removed == [other]
     assert store.get(stuck).record.finished
     around.fails = None
     _reconciler(store, around).round()
     assert around.removed == [other, stuck]
+
+
+def test_jobs_whose_files_cannot_be_removed_do_not_stand_in_the_way_of_the_others(
+    store: MemoryJobStore, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("omnirt_tasks.jobs.reconciler.SWEEP_LIMIT", 2)
+    stuck, others = set[str](), list[str]()
+    for number in range(7):
+        job_id = store.create(new_job()).record.id
+        store.cancel(job_id)
+        clock.pass_time(1)
+        if number < 3:
+            stuck.add(job_id)
+        else:
+            others.append(job_id)
+    clock.pass_time(10)
+    around = Surroundings(unremovable=stuck)
+    reconciler = _reconciler(store, around)
+    for _ in range(6):
+        reconciler.round()
+    assert around.removed == others
+    stuck.clear()
+    for _ in range(4):
+        reconciler.round()
+    assert not store.expired()
+
+
+@pytest.mark.parametrize("broken", ["sweep", "housekeeping"])
+def test_a_storage_that_fails_slows_no_recovery_and_is_logged_once_per_streak(
+    store: MemoryJobStore, clock: ManualClock, caplog: pytest.LogCaptureFixture, broken: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    expired = store.create(new_job()).record.id
+    store.cancel(expired)
+    clock.pass_time(10)
+    lost = store.create(new_job()).record.id
+    faults = [OSError("the disk is full")] * 2
+
+    def tidy() -> None:
+        if faults:
+            raise faults.pop()
+
+    around = Surroundings()
+    reconciler = _reconciler(store, around, housekeeping=tidy if broken == "housekeeping" else lambda: None)
+    reconciler._housekeeping_at = float("-inf")
+    if broken == "sweep":
+        around.unremovable = {expired}
+    for number in range(1, 4):
+        clock.pass_time(30)
+        reconciler._housekeeping_at = float("-inf")
+        if number == 3:
+            around.unremovable = set()
+        assert reconciler.round()  # and no fault goes on to the back-off
+        assert around.sent == [(lost, "cpu-shapes")] * number
+    assert caplog.text.count("further failures in a row are not logged") == 1
+    assert caplog.text.count("works again") == 1
 
 
 def test_housekeeping_is_done_about_once_a_minute(store: MemoryJobStore) -> None:
@@ -273,3 +330,16 @@ def test_a_long_list_is_not_read_again_at_once(settings: Settings, client: Any) 
     client.delete(f"{prefix}long", f"{prefix}short")
     assert len(waiting("long")) == 2_000
     eventually(lambda: not waiting("short"))
+
+
+def test_what_was_read_of_a_list_is_not_kept_past_its_time(settings: Settings, client: Any) -> None:
+    prefix = f"{settings.key_prefix}:"
+    client.rpush(f"{prefix}short", '{"headers": {"id": "1"}}')
+    waiting = celery_waiting(client, prefix=prefix)
+    read = weakref.ref(waiting("short"))
+
+    def gone() -> bool:
+        waiting("other")
+        return read() is None
+
+    eventually(gone)

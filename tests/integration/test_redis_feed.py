@@ -26,7 +26,7 @@ class System:
     """A client, a store and a feed of one broker."""
 
     def __init__(self, settings: Settings) -> None:
-        self.client: Any = connect(settings)
+        self.client: Any = connect(settings.redis_url)
         self.prefix = settings.key_prefix
         self.store = RedisJobStore(self.client, prefix=self.prefix, job_ttl_s=60)
         self.feed = RedisFeed(self.client, prefix=self.prefix)

@@ -15,7 +15,7 @@ from omnirt_tasks.jobs import effects
 from omnirt_tasks.jobs.connection import connect, reaching_store
 from omnirt_tasks.jobs.redis import RedisJobStore
 from omnirt_tasks.jobs.store import EventDraft, JobQuery, JobStore, Lease
-from omnirt_tasks.settings import Settings, load_settings
+from omnirt_tasks.settings import Settings
 from tests.support.jobs import LONG_MS, failed, new_job, pass_redis_time, step, succeeded
 from tests.support.processes import free_port
 
@@ -24,7 +24,7 @@ PRELUDE = (resources.files("omnirt_tasks.jobs") / "scripts" / "prelude.lua").rea
 
 @pytest.fixture
 def client(settings: Settings) -> Iterator[Any]:
-    client = connect(settings)
+    client = connect(settings.redis_url)
     yield client
     client.close()
 
@@ -119,7 +119,7 @@ def test_a_lease_that_is_renewed_while_the_expired_ones_are_collected_stays(
         return answer
 
     monkeypatch.setattr(store._scripts, "run", renew_after_overdue)
-    assert not store.reconcile().resend
+    assert not store.reconcile(unclaimed_after_ms=LONG_MS).resend
     assert store.get(job_id).record.state is JobState.RUNNING
 
 
@@ -143,7 +143,7 @@ def test_a_purged_job_leaves_no_key(client: Any, store: RedisJobStore, settings:
     store.append(lease, [step(1)])
     store.commit(lease, failed())
     store.purge(job_id)
-    store.reconcile()
+    store.reconcile(unclaimed_after_ms=LONG_MS)
     lasting = {f"{settings.key_prefix}:{name}" for name in ("serial", "states")}
     assert set(client.keys(f"{settings.key_prefix}:*")) == lasting
 
@@ -197,7 +197,7 @@ CALLS: dict[str, Callable[[JobStore], object]] = {
     "give_back": lambda store: store.give_back(Lease("a", 1, "t"), reason="test"),
     "cancel": lambda store: store.cancel("a"),
     "purge": lambda store: store.purge("a"),
-    "reconcile": lambda store: store.reconcile(),
+    "reconcile": lambda store: store.reconcile(unclaimed_after_ms=LONG_MS),
     "expired": lambda store: store.expired(),
     "events": lambda store: store.events("a"),
     "depth": lambda store: store.depth("q"),
@@ -210,8 +210,7 @@ CALLS: dict[str, Callable[[JobStore], object]] = {
 
 @pytest.mark.parametrize("call", CALLS)
 def test_a_store_that_is_away_is_told_by_one_error(call: str) -> None:
-    settings = load_settings(redis_url=f"redis://127.0.0.1:{free_port()}/0")
-    with connect(settings) as nobody, pytest.raises(StoreUnavailable) as caught:
+    with connect(f"redis://127.0.0.1:{free_port()}/0") as nobody, pytest.raises(StoreUnavailable) as caught:
         CALLS[call](RedisJobStore(nobody, prefix="p", job_ttl_s=1))
     assert caught.value.retry_after_s
 
@@ -221,7 +220,7 @@ def test_a_server_that_never_answers_is_told_in_bounded_time(monkeypatch: Any) -
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         with (
-            connect(load_settings(redis_url=f"redis://127.0.0.1:{port}/0")) as client,
+            connect(f"redis://127.0.0.1:{port}/0") as client,
             pytest.raises(StoreUnavailable),
         ):
             RedisJobStore(client, prefix="p", job_ttl_s=1).ping()

@@ -50,6 +50,7 @@ class ScriptedHost:
         self.interrupts: list[tuple[str, InterruptReason]] = []
         self.tell: dict[str, OnEvent] = {}
         self.deaf = False
+        self.stuck_for_s: float | None = None
         self._futures: dict[str, Future[RunOutcome]] = {}
 
     def submit(self, order: RunOrder, on_event: OnEvent) -> "Future[RunOutcome]":
@@ -81,7 +82,7 @@ class ScriptedHost:
         return DeviceCapability("cpu-stub", "cpu-stub:0", "scripted", None, (), ("stub",), (), 8)
 
     def health(self) -> HostHealth:
-        return HostHealth(ok=True)
+        return HostHealth(ok=True, stuck_for_s=self.stuck_for_s)
 
     def close(self, timeout_s: float = 10.0) -> None:
         pass
@@ -235,7 +236,7 @@ def test_the_files_are_published_under_the_attempt_and_the_scratch_is_gone(bench
 def test_events_are_logged_in_the_order_in_which_they_were_told(bench: Bench) -> None:
     job_id = bench.begun()
     for step in range(1, 201):
-        event = HostEvent(EventName.STAGE_PROGRESS, "denoise", 0, {"step": step, "total": 200})
+        event = HostEvent(EventName.STAGE_PROGRESS, "denoise", {"step": step, "total": 200})
         bench.host.tell[job_id](event)
     bench.host.succeed(job_id)
     bench.end()
@@ -251,11 +252,11 @@ def test_while_the_store_is_away_nothing_blocks_and_what_matters_is_told_later(b
     bench.store.away = True
     tell = bench.host.tell[job_id]
 
-    tell(HostEvent(EventName.STAGE_START, "denoise", 0))
+    tell(HostEvent(EventName.STAGE_START, "denoise"))
     for step in range(1, 2001):
-        tell(HostEvent(EventName.STAGE_PROGRESS, "denoise", 0, {"step": step, "total": 2000}))
-        tell(HostEvent(EventName.PREVIEW, "denoise", 0, {"step": step}))
-    tell(HostEvent(EventName.STAGE_END, "denoise", 0, {"elapsed_ms": 1.0}))
+        tell(HostEvent(EventName.STAGE_PROGRESS, "denoise", {"step": step, "total": 2000}))
+        tell(HostEvent(EventName.PREVIEW, "denoise", {"step": step}))
+    tell(HostEvent(EventName.STAGE_END, "denoise", {"elapsed_ms": 1.0}))
     bench.host.succeed(job_id)
     bench.store.away = False
     bench.end()
@@ -309,7 +310,7 @@ def test_a_lease_is_held_as_long_as_the_job_runs(make_bench: Callable[..., Bench
 
     eventually(lambda: (bench.store.get(job_id).lease_expires_at_ms or 0) > begun_until + 500)
 
-    assert list(bench.store.reconcile().resend) == []
+    assert list(bench.store.reconcile(unclaimed_after_ms=5_000).resend) == []
     bench.host.succeed(job_id)
     assert bench.state() or bench.end()
 
@@ -445,6 +446,7 @@ def test_a_run_that_does_not_stop_at_its_limit_is_settled_without_it_and_told(
 
 def test_a_run_that_does_not_stop_is_given_back_without_it_when_the_worker_leaves(bench: Bench) -> None:
     bench.host.deaf = True
+    bench.host.stuck_for_s = 60.0
     bench.begun()
 
     bench.runner.give_back_all()
@@ -453,3 +455,15 @@ def test_a_run_that_does_not_stop_is_given_back_without_it_when_the_worker_leave
     assert ended is not None
     assert ended.record.state is JobState.QUEUED
     assert bench.stuck
+
+
+def test_a_model_that_still_loads_when_the_worker_leaves_is_given_back_and_no_fault_of_the_device(bench: Bench) -> None:
+    bench.host.deaf = True  # a loader takes no interrupts, and makes no device calls
+    bench.begun()
+
+    bench.runner.give_back_all()
+
+    ended = bench.end()
+    assert ended is not None
+    assert ended.record.state is JobState.QUEUED
+    assert not bench.stuck

@@ -1,9 +1,10 @@
 """How the `omnirt` command ends: its exit codes and what it prints, without a gateway."""
 
 import json
+import logging
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ Omnirt = Callable[..., Result]
 
 
 @pytest.fixture
-def omnirt(monkeypatch: pytest.MonkeyPatch) -> Omnirt:
+def omnirt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Omnirt]:
     """Runs the command in this process; standard output and error are apart."""
 
     def run(*arguments: str, **environment: str) -> Result:
@@ -26,7 +27,10 @@ def omnirt(monkeypatch: pytest.MonkeyPatch) -> Omnirt:
             monkeypatch.setenv(name, value)
         return CliRunner().invoke(cli, list(arguments))
 
-    return run
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    yield run
+    root.handlers[:], root.level = before
 
 
 @pytest.mark.parametrize(
@@ -139,8 +143,10 @@ def test_no_gateway_is_6_and_says_what_to_do(omnirt: Omnirt) -> None:
     result = omnirt("jobs", "list", OMNIRT_URL=f"http://127.0.0.1:{free_port()}")
 
     assert result.exit_code == Exit.UNREACHABLE
-    assert "gateway_unreachable: No gateway answers at http://127.0.0.1:" in result.stderr
-    assert "omnirt up" in result.stderr
+    assert re.fullmatch(
+        r"gateway_unreachable: No gateway answers at http://127.0.0.1:\d+ \(.*\)\. Check the URL, .*omnirt up\n",
+        result.stderr,
+    )
 
 
 def test_a_wrong_setting_is_1_and_names_the_variable(omnirt: Omnirt) -> None:
@@ -175,6 +181,14 @@ def test_a_job_that_fails_is_3(omnirt: Omnirt, tmp_path: Path) -> None:
     assert result.exit_code == Exit.FAILED
     assert "model_failed: " in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_the_log_is_shown_when_it_is_asked_for_in_the_project_s_form(omnirt: Omnirt, tmp_path: Path) -> None:
+    arguments = ["generate", "--model", "stub", "--prompt", "x", "--set", "fail_at_step=1", "-o", str(tmp_path)]
+    line = re.compile(r"^\S+Z \[error +\] ", re.MULTILINE)
+
+    assert not line.search(omnirt(*arguments).stderr)
+    assert line.search(omnirt(*arguments, "-v").stderr)
 
 
 def test_a_job_that_is_not_over_in_time_is_5(omnirt: Omnirt, tmp_path: Path) -> None:

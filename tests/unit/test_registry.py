@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from omnirt_tasks.contract import Task
+from omnirt_tasks.contract import Task, Tier
 from omnirt_tasks.errors import ConfigurationError, ModelNotFound
 from omnirt_tasks.registry import Catalog, discover
 
@@ -46,4 +46,4 @@ def test_models_are_listed_by_task_and_tier() -> None:
     inpainters = discover().having(task=Task.INPAINT)
 
     assert [spec.id for spec in inpainters] == ["sdxl-base-1.0"]
-    assert all(spec.tier == "core" for spec in discover().having(tier="core"))
+    assert all(spec.tier == "core" for spec in discover().having(tier=Tier.CORE))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from omnirt_tasks.contract import Inputs, ResolvedRequest, Task, WorkerCapability
-from omnirt_tasks.errors import BackendUnsupported, ConfigurationError
+from omnirt_tasks.errors import ConfigurationError
 from omnirt_tasks.registry import discover
 from omnirt_tasks.routing import QueueAddress, parse_queue, queue_name, queues_served, route, settle
 
@@ -60,11 +60,6 @@ def test_a_request_with_tags_goes_where_a_worker_has_them_all() -> None:
     assert route(request(tags=["silver"]), spec, fleet, {}) == route(request(tags=["silver"]), spec, [], {})
 
 
-def test_a_backend_that_the_model_lacks_is_refused() -> None:
-    with pytest.raises(BackendUnsupported):
-        route(request(backend="ascend"), discover().find("shapes"), [], {})
-
-
 def test_the_stub_runs_on_the_stub() -> None:
     assert route(request("stub"), discover().find("stub"), [], {}).queue == "cpu-stub-stub"
 
@@ -101,3 +96,25 @@ def test_half_precision_on_a_cpu_becomes_single_and_says_so() -> None:
 
     assert (settled.backend, settled.config["dtype"]) == ("cpu", "fp32")
     assert "fp16" in settled.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("fleet", "wish", "becomes"),
+    [
+        ([("fp32", "fp16")], "fp16", "fp16"),  # a CPU that does compute in it says so
+        ([("fp32",)], "bf16", "fp32"),
+        ([("fp32", "bf16"), ("fp32",)], "bf16", "fp32"),  # either may take the job
+        ([("fp32", "bf16"), ()], "bf16", "bf16"),  # one that says nothing is not asked
+        ([("bf16",)], "fp16", "bf16"),
+        ([()], "fp16", "fp32"),
+    ],
+)
+def test_a_request_runs_in_what_the_workers_of_its_queue_compute_in(
+    fleet: list[tuple[str, ...]], wish: str, becomes: str
+) -> None:
+    workers = [CPU.model_copy(update={"worker_id": str(n), "dtypes": dtypes}) for n, dtypes in enumerate(fleet)]
+
+    settled = settle(request(dtype=wish), route(request(), discover().find("shapes"), workers, {}))
+
+    assert settled.config["dtype"] == becomes
+    assert bool(settled.warnings) == (wish != becomes)

@@ -6,9 +6,11 @@ import zlib
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 from omnirt_tasks.artifacts import ArtifactStorage
+from omnirt_tasks.clock import unix_ms
 from omnirt_tasks.errors import (
     ArtifactNotFound,
     StorageError,
@@ -17,6 +19,7 @@ from omnirt_tasks.errors import (
     UploadNotFound,
     ValidationFailed,
 )
+from omnirt_tasks.storage import open_filesystem
 from omnirt_tasks.uploads import UploadStorage
 
 UNSAFE = ["../secret", "/etc/passwd", "a/b", "..", ".", "", "a\0b", "a" * 129, ".hidden"]
@@ -139,6 +142,66 @@ def test_an_upload_whose_time_is_over_is_gone_and_swept(url: str) -> None:
     assert later.sweep() == 0
     with pytest.raises(UploadNotFound):
         uploads_at(url).find("anna", upload.id)
+
+
+BROKEN_FACTS = [b"", b"{", b"\xff", b"[]", b'{"id": "a"}', b'{"expires_at_ms": "soon"}']
+
+
+@pytest.mark.parametrize("facts", BROKEN_FACTS)
+def test_facts_that_cannot_be_read_are_no_upload_and_stop_no_sweep(tmp_path: Path, facts: bytes) -> None:
+    now = uploads_at(tmp_path.as_uri(), clock_ms=unix_ms())
+    broken, sound = (now.put("anna", io.BytesIO(png())) for _ in range(2))
+    (tmp_path / "uploads" / f"{broken.id}.json").write_bytes(facts)
+
+    with pytest.raises(UploadNotFound):
+        now.find("anna", broken.id)
+    assert now.sweep() == 0
+    assert now.find("anna", sound.id) == sound
+    assert uploads_at(tmp_path.as_uri(), clock_ms=unix_ms() + 61_000).sweep() == 2
+    assert not list((tmp_path / "uploads").iterdir())
+
+
+def test_bytes_without_facts_are_swept_once_they_are_old(url: str) -> None:
+    upload = uploads_at(url).put("anna", io.BytesIO(png()))
+    fs, root = open_filesystem(url)
+    fs.rm_file(f"{root}/uploads/{upload.id}.json")
+    fs.touch(f"{root}/uploads/of somebody else.bin")
+
+    assert uploads_at(url, clock_ms=unix_ms()).sweep() == 0
+    assert uploads_at(url, clock_ms=unix_ms() + 61_000).sweep() == 1
+    assert not fs.exists(f"{root}/uploads/{upload.id}.bin")
+    assert fs.exists(f"{root}/uploads/of somebody else.bin")
+
+
+def test_an_upload_that_cannot_be_removed_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploads = [uploads_at(tmp_path.as_uri()).put("anna", io.BytesIO(png())) for _ in range(3)]
+    later = uploads_at(tmp_path.as_uri(), clock_ms=60_001)
+    remove = LocalFileSystem.rm_file
+
+    def refuse_one(self: LocalFileSystem, path: str) -> None:
+        if uploads[1].id in path:
+            raise PermissionError(13, "Permission denied")
+        remove(self, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFileSystem, "rm_file", refuse_one)
+        with pytest.raises(StorageError):
+            later.sweep()
+    assert {path.stem for path in (tmp_path / "uploads").iterdir()} == {uploads[1].id}
+    assert later.sweep() == 1
+
+
+def test_an_upload_whose_facts_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFileSystem, "pipe_file", full)
+        with pytest.raises(StorageError, match="No space left"):
+            uploads_at(tmp_path.as_uri()).put("anna", io.BytesIO(png()))
+    assert not list((tmp_path / "uploads").iterdir())
 
 
 @pytest.mark.parametrize("upload_id", UNSAFE)

@@ -8,15 +8,34 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from omnirt_tasks.contract import Artifact, ArtifactKind, ExecutionMode, GenerateResult, JobState, RunReport, Task
-from omnirt_tasks.errors import ArtifactNotFound, OmnirtError, QueueFull, StoreUnavailable, UploadNotFound
+from omnirt_tasks.contract import (
+    Artifact,
+    ArtifactKind,
+    ExecutionMode,
+    GenerateResult,
+    JobState,
+    RunReport,
+    Task,
+    WorkerCapability,
+)
+from omnirt_tasks.errors import (
+    ArtifactNotFound,
+    OmnirtError,
+    QueueFull,
+    StoreUnavailable,
+    UploadNotFound,
+    ValidationFailed,
+)
 from omnirt_tasks.jobs.fleet import MemoryFleet
 from omnirt_tasks.jobs.memory import MemoryJobStore
-from omnirt_tasks.jobs.store import JobQuery, Succeeded
+from omnirt_tasks.jobs.store import JobQuery, QueueDepth, Succeeded
 from omnirt_tasks.registry import discover
+from omnirt_tasks.routing import queues_served
 from omnirt_tasks.submission import Submission
 from omnirt_tasks.uploads import UploadStorage
 from omnirt_tasks.validation import Door, parse_request
+
+SHAPES: dict[str, object] = {"task": "text2image", "model": "shapes", "inputs": {"prompt": "a red circle"}}
 
 
 class House:
@@ -28,10 +47,11 @@ class House:
         self.store = MemoryJobStore()
         self.uploads = UploadStorage(folder.as_uri(), ttl_s=60, max_bytes=1_000_000, max_pixels=1_000_000)
         self.folder = folder
+        self.fleet = MemoryFleet()
         self.door = Submission(
             store=self.store,
             catalog=discover(),
-            fleet=MemoryFleet(),
+            fleet=self.fleet,
             uploads=self.uploads,
             send=self.send,
             door=Door(),
@@ -144,6 +164,15 @@ def test_an_upload_is_found_by_its_owner_alone(house: House) -> None:
         house.edit(f"upload:{upload.id}", owner="bert")
 
 
+def test_a_missing_reference_is_told_beside_what_else_is_wrong(house: House) -> None:
+    inputs = {"prompt": "a cat", "image": "upload:nope"}
+
+    with pytest.raises(ValidationFailed) as caught:
+        house.submit(model="sdxl-base-1.0", task="image2image", inputs=inputs, config={"width": 513})
+
+    assert {problem.loc for problem in caught.value.details} == {"inputs.image", "config.width"}
+
+
 def test_an_earlier_output_is_an_input(house: House) -> None:
     job_id = house.submit()
     with pytest.raises(ArtifactNotFound):  # not before it has succeeded
@@ -154,6 +183,37 @@ def test_an_earlier_output_is_an_input(house: House) -> None:
     for image, owner in ((f"artifact:{job_id}/image-0.png", "bert"), (f"artifact:{job_id}/other.png", "anna")):
         with pytest.raises(ArtifactNotFound):
             house.edit(image, owner)
+
+
+def test_only_the_queues_that_a_job_may_go_to_are_measured(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    for backend in ("cpu", "cuda"):
+        queues = queues_served([f"{backend}-shapes"], ["a", "b"])
+        house.fleet.publish(
+            WorkerCapability(worker_id=backend, backend=backend, device="", queues=queues, models=("shapes",)),
+            ttl_ms=60_000,
+        )
+    measured: list[str] = []
+
+    def depth(queue: str) -> QueueDepth:
+        measured.append(queue)
+        return QueueDepth(0, 0)
+
+    monkeypatch.setattr(house.store, "depth", depth)
+    request = parse_request(SHAPES | {"tags": ["b"]})
+
+    assert house.door.check(request, "anna").request is not None
+    assert sorted(measured) == ["cpu-shapes+b", "cuda-shapes+b"]
+    measured.clear()
+    house.door.check(request.model_copy(update={"backend": "cpu"}), "anna")
+    assert not measured
+
+
+def test_a_refused_input_tells_its_remedy(house: House) -> None:
+    with pytest.raises(UploadNotFound) as caught:
+        house.edit("upload:nobody")
+
+    assert caught.value.hint is not None
+    assert caught.value.details[0].message == str(caught.value)
 
 
 def test_a_check_tells_what_would_run_and_writes_nothing(house: House) -> None:

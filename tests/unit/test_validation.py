@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omnirt_tasks.contract import GenerateRequest
+from omnirt_tasks.contract import GenerateRequest, Tier
 from omnirt_tasks.errors import (
     BackendUnsupported,
     InvalidJson,
@@ -159,15 +159,22 @@ def test_a_message_names_value_rule_and_remedy() -> None:
         ({**GOOD, "model": "shapez"}, Door(), ModelNotFound),
         ({**GOOD, "backend": "ascend"}, Door(), BackendUnsupported),
         ({**GOOD, "model": "stub"}, Door(allow_stub=False), StubDisabled),
-        ({**GOOD, "model": "sdxl-turbo"}, Door(disabled_tiers=("experimental",)), ModelTierDisabled),
+        ({**GOOD, "model": "sdxl-turbo"}, Door(disabled_tiers=(Tier.EXPERIMENTAL,)), ModelTierDisabled),
     ],
 )
 def test_a_lone_problem_with_a_code_of_its_own_is_called_by_it(body: Any, door: Door, kind: type[OmnirtError]) -> None:
-    assert type(failure_of(body, door)) is kind
+    error = failure_of(body, door)
+
+    assert type(error) is kind
+    assert error.hint is not None
+    assert [problem.message for problem in error.details] == [f"{error.message} {error.hint}"]
 
 
 def test_an_unknown_model_is_answered_with_the_nearest_names() -> None:
-    assert "sdxl-base-1.0" in failure_of({**GOOD, "model": "sdxl-base"}).message
+    error = failure_of({**GOOD, "model": "sdxl-base"})
+
+    assert str(error).count("sdxl-base-1.0") == 1
+    assert "sdxl-base-1.0" in error.details[0].message
 
 
 @pytest.mark.parametrize(

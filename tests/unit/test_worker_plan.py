@@ -1,5 +1,6 @@
 """What a worker decides before it starts: its queues, its models, its device."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 
 from omnirt_tasks.contract import Backend, ExecutionMode
 from omnirt_tasks.errors import ConfigurationError
-from omnirt_tasks.registry import discover
+from omnirt_tasks.registry import Catalog, discover
 from omnirt_tasks.settings import load_settings
 from workers.backends import DeviceInfo
 from workers.devices import device_index, devices_of, take_device
@@ -58,6 +59,25 @@ def test_a_host_serves_all_that_a_backend_can_run_here(tmp_path: Path) -> None:
     plan = plan_for_backend(Backend.CUDA, discover(), load_settings(model_folders={SDXL: tmp_path}))
     assert plan is not None
     assert set(plan.queues) == {"cuda-sdxl", "cuda-shapes"}
+
+
+def test_a_model_whose_folder_is_not_there_is_not_served(tmp_path: Path) -> None:
+    plan = plan_for_backend(Backend.CUDA, discover(), load_settings(model_folders={SDXL: tmp_path / "gone"}))
+
+    assert plan is not None
+    assert SDXL not in {spec.id for spec in plan.models}
+    assert set(plan.folders) == {spec.id for spec in plan.models}
+
+
+def test_the_stub_runs_any_model_of_its_backend_without_weights() -> None:
+    real = discover().find(SDXL)
+    catalog = Catalog([dataclasses.replace(real, backends=(Backend.CPU_STUB, Backend.CUDA))])
+
+    plan = plan_for_backend(Backend.CPU_STUB, catalog, load_settings())
+
+    assert plan is not None
+    assert [spec.id for spec in plan.models] == [SDXL]
+    assert plan_for_backend(Backend.CUDA, catalog, load_settings()) is None
 
 
 def test_the_processors_count_as_as_many_devices_as_the_operator_says() -> None:

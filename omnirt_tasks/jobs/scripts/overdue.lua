@@ -5,5 +5,5 @@ local queue, unclaimed_after_ms, limit = ARGV[5], tonumber(ARGV[6]), tonumber(AR
 local expired = redis.call('ZRANGEBYSCORE', running_key(queue), '-inf', now, 'LIMIT', 0, limit)
 local unclaimed = redis.call('ZRANGEBYSCORE', sent_key(queue), '-inf', now - unclaimed_after_ms, 'LIMIT', 0, limit)
 for _, job_id in ipairs(unclaimed) do redis.call('ZADD', sent_key(queue), now, job_id) end
-if redis.call('EXISTS', waiting_key(queue), running_key(queue)) == 0 then redis.call('SREM', queues_key, queue) end
+forget_if_empty(queue)
 return { expired, unclaimed }

@@ -84,6 +84,11 @@ local function wait_in_queue(job)
   redis.call('SADD', queues_key, job.queue)
 end
 
+-- Queues are remembered when a job comes, and forgotten by whoever looks at them.
+local function forget_if_empty(queue)
+  if redis.call('EXISTS', waiting_key(queue), running_key(queue)) == 0 then redis.call('SREM', queues_key, queue) end
+end
+
 -- The keys outlive `expires_at_ms` by a day, so that the sweeper finds them; should it never come, Redis drops them.
 local function finish(job, state, event, data)
   enter(job, state)

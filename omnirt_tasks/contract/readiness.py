@@ -1,0 +1,24 @@
+"""What a gateway says of itself and of what stands behind it."""
+
+from omnirt_tasks.contract.base import Answer
+
+
+class QueueReadiness(Answer):
+    """How many live workers serve a queue, and how many of its jobs wait and run."""
+
+    workers: int
+    waiting: int
+    running: int
+
+
+class Readiness(Answer):
+    """Whether jobs are accepted.
+
+    `queues` are those that hold a job or that a worker serves, by their names without tags: jobs and workers with
+    tags count for the plain name.
+    """
+
+    ok: bool
+    job_store_backend: str
+    remote_worker_count: int
+    queues: dict[str, QueueReadiness]
