@@ -53,7 +53,7 @@ from workers.host import (
     RunSucceeded,
 )
 from workers.leases import LeaseKeeper
-from workers.report import describe_outputs, result_of
+from workers.report import describe_outputs, make_result
 from workers.runs import Run
 
 logger = logging.getLogger(__name__)
@@ -84,8 +84,9 @@ class AttemptRunner:
 
     `scratch_dir` is this process's own. A run that lasts longer than `job_timeout_s` fails with `timeout`. One whose
     device call does not come back within `abandon_after_s` of an interrupt that ends its attempt is settled without
-    it, and `on_stuck` is told, once for each: from then on the device cannot be trusted. `address` tells where an
-    output will be found, `execution_mode` how every model of the host is run, where that is known.
+    it, and `on_stuck` is told, once for each: from then on the device cannot be trusted. A run that is given back while
+    its model loads, with the device free, is settled without it too, and no reason to trust the device less. `address`
+    tells where an output will be found, `execution_mode` how every model of the host is run, where that is known.
     """
 
     def __init__(
@@ -270,9 +271,14 @@ class AttemptRunner:
     def _abandon(self, run: Run) -> RunOutcome:
         reason = run.interrupted_by() or InterruptReason.TIMEOUT
         stuck_for_s = self._host.health().stuck_for_s or 0.0
-        self._on_stuck(
-            f"Job {run.lease.job_id} did not stop ({reason}); the device call in hand has lasted {stuck_for_s:.0f} s."
-        )
+        if reason is InterruptReason.GIVE_BACK and stuck_for_s < self._abandon_after_s / 2:
+            # Its thread is busy outside the device, most likely with the loading of a model.
+            logger.warning("Job %s is given back while its run goes on; the device is free.", run.lease.job_id)
+        else:
+            self._on_stuck(
+                f"Job {run.lease.job_id} did not stop ({reason}); "
+                f"the device call in hand has lasted {stuck_for_s:.0f} s."
+            )
         # A cancelled run that never came back has in truth outlived its limit, but its caller gets what he asked for.
         return RunInterrupted(reason)
 
@@ -307,7 +313,7 @@ class AttemptRunner:
 
         def outcome() -> Outcome:
             log = self._store.events(lease.job_id, after=run.job.last_seq)
-            return Succeeded(result_of(lease, run.job, done.facts, artifacts, log, self._worker_id))
+            return Succeeded(make_result(lease, run.job, done.facts, artifacts, log, self._worker_id))
 
         job = self._settle(run, buffer, outcome)
         if job is None or job.record.state is not JobState.SUCCEEDED or job.record.attempt != lease.attempt:

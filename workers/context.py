@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from omnirt_tasks.clock import unix_ms
 from omnirt_tasks.contract import EventName
 from omnirt_tasks.contract.base import JsonObject
 from workers.device import DeviceCall, DeviceClosed, DeviceThread
@@ -46,7 +47,6 @@ class JobContext:
         self.order = order
         self.device = device
         self.cache_hits: list[str] = []
-        self.device_placement: dict[str, str] = {}
         self.latent_stats: JsonObject | None = None
         self.timings_ms: dict[str, float] = {}
         self.stages: list[tuple[str, int, int]] = []
@@ -77,11 +77,6 @@ class JobContext:
             wake = self._wake
         if wake is not None:
             wake()
-
-    @property
-    def interrupted(self) -> InterruptReason | None:
-        """Why the run is to stop; None when it may go on."""
-        return self._reason
 
     def check(self) -> None:
         """Raise Interrupted if the run is to stop."""
@@ -133,7 +128,7 @@ class JobContext:
         if name == self._stage:
             return
         self.end_stage()
-        self._stage, self._stage_since_s, self._stage_since_ms = name, time.perf_counter(), _now_ms()
+        self._stage, self._stage_since_s, self._stage_since_ms = name, time.perf_counter(), unix_ms()
         self.emit(EventName.STAGE_START, name)
 
     def end_stage(self) -> None:
@@ -142,7 +137,7 @@ class JobContext:
             return
         elapsed_ms = round((time.perf_counter() - self._stage_since_s) * 1000, 3)
         self.timings_ms[name] = round(self.timings_ms.get(name, 0.0) + elapsed_ms, 3)
-        self.stages.append((name, self._stage_since_ms, _now_ms()))
+        self.stages.append((name, self._stage_since_ms, unix_ms()))
         self._stage = None
         self.emit(EventName.STAGE_END, name, {"elapsed_ms": elapsed_ms})
 
@@ -175,9 +170,5 @@ class JobContext:
         self.emit(EventName.PREVIEW, self._stage or "denoise", data)
 
     def emit(self, event: EventName, stage: str, data: JsonObject | None = None) -> None:
-        """Tell what happened, now."""
-        self._on_event(HostEvent(event, stage, _now_ms(), data or {}))
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
+        """Tell what happened."""
+        self._on_event(HostEvent(event, stage, data or {}))

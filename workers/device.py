@@ -54,9 +54,8 @@ class DeviceThread:
         self._in_hand_since: float | None = None
         self.closing = threading.Event()
         """Set once the device is to be let go; a call that waits for something else waits for this too."""
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         ready: Future[None] = Future()
-        self._ready: Future[None] | None = ready
+        self._thread = threading.Thread(target=self._run, args=(ready,), name=name, daemon=True)
         self._thread.start()
         ready.result()
 
@@ -104,9 +103,7 @@ class DeviceThread:
         log.error("a device call never returned; its thread is left behind", extra={"thread_name": self._thread.name})
         return False
 
-    def _run(self) -> None:
-        ready, self._ready = self._ready, None
-        assert ready is not None
+    def _run(self, ready: "Future[None]") -> None:
         try:
             with self._driver.guard():
                 ready.set_result(None)

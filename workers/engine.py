@@ -10,18 +10,28 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from typing import Self
 
 from omnirt_tasks.artifacts import ArtifactStorage
-from omnirt_tasks.contract import Backend, CancelOutcome, Event, GenerateRequest, JobRecord, JobState, WorkerCapability
-from omnirt_tasks.errors import BackendUnsupported, ConfigurationError, JobTimeout, OmnirtError
+from omnirt_tasks.contract import (
+    AUTO,
+    Backend,
+    CancelOutcome,
+    Event,
+    GenerateRequest,
+    JobRecord,
+    JobState,
+    WorkerCapability,
+)
+from omnirt_tasks.errors import BackendUnsupported, ConfigurationError, Internal, JobTimeout, OmnirtError
 from omnirt_tasks.jobs.fleet import MemoryFleet
 from omnirt_tasks.jobs.memory import MemoryFeed, MemoryJobStore
-from omnirt_tasks.jobs.store import JobQuery, Lease
+from omnirt_tasks.jobs.store import Failed, JobQuery, Lease
 from omnirt_tasks.jobs.watch import wait_finished, watch
-from omnirt_tasks.registry import discover
+from omnirt_tasks.registry import Catalog, discover
 from omnirt_tasks.routing import parse_queue, queues_served
 from omnirt_tasks.settings import Settings, load_settings
 from omnirt_tasks.submission import Submission
@@ -35,7 +45,6 @@ from workers.thread_host import ThreadHost
 
 logger = logging.getLogger(__name__)
 
-AUTO = "auto"
 NOBODY = ""  # the owner of every job here
 WORKER_ID = "engine"
 LEASE_TTL_S = 60.0  # nobody else could take a job
@@ -88,32 +97,35 @@ class OmniEngine:
         self._store = MemoryJobStore(job_ttl_s=RECORD_TTL_S)
         self._feed = MemoryFeed(self._store)
         self._feed.on_cancel(self._interrupt)
+        self._catalog = self._catalog_of_plans()
         self._submission = Submission(
             store=self._store,
-            catalog=discover(),
+            catalog=self._catalog,
             fleet=self._fleet(),
             uploads=self._uploads,
             send=self._send,
             door=Door(),
         )
         self._pool = ThreadPoolExecutor(max_concurrency, thread_name_prefix="omnirt-engine")
-        self._guard = threading.Lock()  # guards the making of devices, and the closing
+        self._taking = threading.Lock()  # guards the devices, and is held while one is taken
         self._devices: dict[str, tuple[DeviceHost, AttemptRunner]] = {}
+        self._closing = threading.Lock()  # guards: nothing is given to the pool once the engine is closed
         self._closed = False
 
     def submit(self, request: GenerateRequest) -> JobRecord:
         """Queue a job. Its `backend` is one that this engine has, or "auto".
 
-        Raises what validation found, and BackendUnsupported when the model cannot run here.
+        Raises what validation found, BackendUnsupported when the model cannot run here, and ConfigurationError once
+        the engine is closed.
         """
         if self._closed:
-            raise ConfigurationError("The engine is closed.", "Make another.")
+            raise _closed_engine()
         self._forget_expired()
-        resolved = self._submission.check(request, NOBODY).request
-        if resolved is not None and resolved.backend not in self._plans:
+        spec = self._catalog.find(request.model)
+        if not spec.backends:
             raise BackendUnsupported(
-                f"The model {resolved.model!r} would run on {resolved.backend!r}, which this engine does not have.",
-                f"It has {', '.join(self._plans) or 'no backend'}.",
+                f"The model {spec.id!r} cannot run in this engine, which has {', '.join(self._plans)}.",
+                "Name its weights in OMNIRT_MODEL_FOLDERS, or use another backend.",
             )
         return self._submission.submit(request, owner=NOBODY).record
 
@@ -151,7 +163,7 @@ class OmniEngine:
 
     def close(self) -> None:
         """Cancel what is not over, wait for it, and let go of the devices. Idempotent."""
-        with self._guard:
+        with self._closing:
             if self._closed:
                 return
             self._closed = True
@@ -185,6 +197,14 @@ class OmniEngine:
             raise ConfigurationError(f"This host has nothing to run on the backend {backend!r}.", 'Use "auto".')
         return plans
 
+    def _catalog_of_plans(self) -> Catalog:
+        """Every model, with those of its backends alone that it can run on in this engine."""
+        runnable = {(spec.id, plan.backend) for plan in self._plans.values() for spec in plan.models}
+        return Catalog(
+            replace(spec, backends=tuple(backend for backend in spec.backends if (spec.id, backend) in runnable))
+            for spec in discover()
+        )
+
     def _fleet(self) -> MemoryFleet:
         """What this host could run, as workers of its own, so that routing prefers it."""
         fleet = MemoryFleet()
@@ -197,24 +217,36 @@ class OmniEngine:
                 models=tuple(spec.id for spec in plan.models),
                 concurrency=self._max_concurrency,
                 tags=self._settings.tags,
+                dtypes=driver(plan.backend).probe()[0].dtypes,
             )
             fleet.publish(capability, ttl_ms=FOREVER_MS)
         return fleet
 
     def _send(self, job_id: str, queue: str) -> None:
-        self._pool.submit(self._run, job_id, parse_queue(queue).backend)
+        with self._closing:
+            if not self._closed:
+                self._pool.submit(self._run, job_id, parse_queue(queue).backend)
+                return
+        self._store.cancel(job_id)
+        raise _closed_engine()
 
     def _run(self, job_id: str, backend: str) -> None:
         try:
             runner = self._runner(backend)
             if runner is not None:
                 runner.run(job_id)
-        except Exception:  # the boundary of the pool's thread: the job must still end
+        except Exception as error:  # the boundary of the pool's thread: the job must still end
             logger.exception("Job %s could not be begun.", job_id)
-            self._store.cancel(job_id)
+            self._fail(job_id, error)
+
+    def _fail(self, job_id: str, error: Exception) -> None:
+        known = error if isinstance(error, OmnirtError) else Internal("The job could not be begun; the log has why.")
+        claim = self._store.claim(job_id, worker_id=WORKER_ID, lease_ttl_ms=round(LEASE_TTL_S * 1000))
+        if claim is not None:  # it was cancelled meanwhile otherwise
+            self._store.commit(claim.lease, Failed(known.info()))
 
     def _runner(self, backend: str) -> AttemptRunner | None:
-        with self._guard:
+        with self._taking:
             if self._closed:
                 return None
             if backend not in self._devices:
@@ -224,7 +256,6 @@ class OmniEngine:
     def _take_device(self, plan: Plan) -> tuple[DeviceHost, AttemptRunner]:
         host = ThreadHost(
             backend=driver(plan.backend, None, self._settings.torch_threads),
-            catalog=discover(),
             models=plan.models,
             folders=plan.folders,
             cache_size=self._pipeline_cache_size,
@@ -270,3 +301,7 @@ class OmniEngine:
                 self._store.purge(job.record.id)
             except OmnirtError as error:
                 logger.warning("Job %s stays behind: %s", job.record.id, error)
+
+
+def _closed_engine() -> ConfigurationError:
+    return ConfigurationError("The engine is closed.", "Make another.")

@@ -36,11 +36,10 @@ class RunOrder:
 
 @dataclass(frozen=True)
 class HostEvent:
-    """Something that happened in a run, at `at_ms` (Unix milliseconds of the host's clock)."""
+    """Something that happened in a run."""
 
     event: EventName
     stage: str
-    at_ms: int
     data: JsonObject = field(default_factory=dict)
 
 

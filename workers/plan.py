@@ -51,7 +51,7 @@ def plan_for_queues(names: Sequence[str], catalog: Catalog, settings: Settings) 
             raise ConfigurationError(
                 f"No model lives on the queue {str(address)!r}.", f"Queues are {', '.join(_all_queues(catalog))}."
             )
-        runnable = _runnable(known, settings)
+        runnable = _runnable(known, address.backend, settings)
         if not runnable:
             raise ConfigurationError(
                 f"The weights of {', '.join(spec.id for spec in known)} are not here.",
@@ -63,7 +63,7 @@ def plan_for_queues(names: Sequence[str], catalog: Catalog, settings: Settings) 
 
 def plan_for_backend(backend: Backend, catalog: Catalog, settings: Settings) -> Plan | None:
     """The plan for all that the backend can run here; None when there are no weights for any model of it."""
-    models = _runnable([spec for spec in catalog if backend in spec.backends], settings)
+    models = _runnable([spec for spec in catalog if backend in spec.backends], backend, settings)
     return _plan(backend, models, settings) if models else None
 
 
@@ -73,8 +73,13 @@ def _plan(backend: str, models: Sequence[ModelSpec], settings: Settings) -> Plan
     return Plan(str(backend), tuple(queues), tuple(models), folders)
 
 
-def _runnable(specs: Iterable[ModelSpec], settings: Settings) -> list[ModelSpec]:
-    return [spec for spec in specs if spec.loader is None or _folder(spec, settings) is not None]
+def _runnable(specs: Iterable[ModelSpec], backend: str, settings: Settings) -> list[ModelSpec]:
+    """Those that can run here; the stub needs no weights, nor what loads them."""
+    return [
+        spec
+        for spec in specs
+        if backend == Backend.CPU_STUB or (spec.loader is not None and _folder(spec, settings) is not None)
+    ]
 
 
 def _folder(spec: ModelSpec, settings: Settings) -> Path | None:

@@ -38,7 +38,7 @@ def _describe(output: OutputFile, file: Path, path: str, url: str | None) -> Art
     )
 
 
-def result_of(
+def make_result(
     lease: Lease,
     job: StoredJob,
     facts: RunFacts,

@@ -9,28 +9,20 @@ import os
 import shutil
 import socket
 import threading
-import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from prometheus_client import CollectorRegistry
 
-from omnirt_tasks.artifacts import ArtifactStorage
-from omnirt_tasks.celery_app import broker_prefix
+from omnirt_tasks.clock import unix_ms
 from omnirt_tasks.contract import WorkerCapability
 from omnirt_tasks.errors import StoreUnavailable
-from omnirt_tasks.jobs.connection import connect
-from omnirt_tasks.jobs.feed import RedisFeed
-from omnirt_tasks.jobs.fleet import RedisFleet
-from omnirt_tasks.jobs.reconciler import Reconciler, celery_waiting, redis_turn
-from omnirt_tasks.jobs.redis import RedisJobStore
-from omnirt_tasks.jobs.store import StoredJob
+from omnirt_tasks.jobs.store import EventFeed
 from omnirt_tasks.observability import tracing
 from omnirt_tasks.observability.metrics import DeviceMetrics, MetricsServer
-from omnirt_tasks.registry import discover
 from omnirt_tasks.routing import queues_served
 from omnirt_tasks.settings import Settings
-from omnirt_tasks.uploads import UploadStorage
+from omnirt_tasks.stores import open_stores
 from workers.attempts import AttemptRunner
 from workers.backends import driver
 from workers.devices import DeviceLock
@@ -45,6 +37,7 @@ SERVICE = "omnirt-worker"
 SCRATCH_FOLDER = "scratch"
 LAST_WORDS_S = 15.0
 CLOSE_TIMEOUT_S = 5.0
+LISTEN_AGAIN_S = 0.5
 
 
 class Serving:
@@ -69,28 +62,19 @@ class Serving:
         self._plan = plan
         self._worker_id = worker_id
         self._on_stuck = on_stuck
-        self._stuck = threading.Event()
+        self._stuck = threading.Lock()  # taken once, and never let go
         self._grace: threading.Timer | None = None
-        self._started_at_ms = time.time_ns() // 1_000_000
+        self._started_at_ms = unix_ms()
         with ExitStack() as undo:
-            client = connect(settings)
-            undo.callback(client.close)
-            store = RedisJobStore(client, prefix=settings.key_prefix, job_ttl_s=settings.job_ttl_s)
+            stores = open_stores(settings)
+            undo.callback(stores.close)
             tracer = tracing.start(settings, service=SERVICE)
             undo.callback(tracer.close)
             registry = CollectorRegistry()
             if settings.metrics_port is not None:
                 undo.callback(MetricsServer(registry, host=settings.metrics_host, port=settings.metrics_port).close)
-            artifacts = ArtifactStorage(settings.storage_url)
-            uploads = UploadStorage(
-                settings.storage_url,
-                ttl_s=settings.upload_ttl_s,
-                max_bytes=settings.max_upload_bytes,
-                max_pixels=settings.max_image_pixels,
-            )
             self._host: DeviceHost = ThreadHost(
                 backend=driver(plan.backend, device.device, settings.torch_threads),
-                catalog=discover(),
                 models=plan.models,
                 folders=plan.folders,
                 cache_size=settings.pipeline_cache_size,
@@ -101,10 +85,10 @@ class Serving:
             scratch_dir = settings.run_dir / SCRATCH_FOLDER / device.device.replace(":", "-")
             shutil.rmtree(scratch_dir, ignore_errors=True)
             self.runner = AttemptRunner(
-                store=store,
+                store=stores.jobs,
                 host=self._host,
-                artifacts=artifacts,
-                uploads=uploads,
+                artifacts=stores.artifacts,
+                uploads=stores.uploads,
                 worker_id=worker_id,
                 scratch_dir=scratch_dir,
                 lease_ttl_s=settings.lease_ttl_s,
@@ -116,33 +100,26 @@ class Serving:
                 metrics=DeviceMetrics(registry),
             )
             undo.callback(self.runner.close)
-            feed = RedisFeed(client, prefix=settings.key_prefix)
-            undo.callback(feed.close)
+            undo.callback(stores.feed.close)  # before the runner, which its cancels reach
             try:
-                feed.on_cancel(self.runner.cancel)
-            except StoreUnavailable as error:  # the feed goes on trying, as everything here does
+                stores.feed.on_cancel(self.runner.cancel)
+            except StoreUnavailable as error:
                 logger.warning("This worker waits for its store: %s", error)
+                closing = threading.Event()
+                later = threading.Thread(
+                    target=_hear_cancels,
+                    args=(stores.feed, self.runner.cancel, closing),
+                    name="cancel-notices",
+                    daemon=True,
+                )
+                undo.callback(later.join, CLOSE_TIMEOUT_S)
+                undo.callback(closing.set)
+                later.start()
 
-            def remove_files(job: StoredJob) -> None:
-                artifacts.remove_job(job.record.id)
-
-            broker = connect(settings.model_copy(update={"redis_url": settings.broker_url or settings.redis_url}))
-            undo.callback(broker.close)
-            reconciler = Reconciler(
-                store,
-                every_s=settings.reconcile_every_s,
-                unclaimed_after_s=settings.unclaimed_after_s,
-                resend=resend,
-                waiting_in_broker=celery_waiting(broker, prefix=broker_prefix(settings)),
-                remove_files=remove_files,
-                turn=redis_turn(client, prefix=settings.key_prefix, every_s=settings.reconcile_every_s),
-                housekeeping=uploads.sweep,
-            )
+            reconciler = stores.reconciler(resend)
             undo.callback(reconciler.close)
             reconciler.start()
-            self._heartbeat = Heartbeat(
-                RedisFleet(client, prefix=settings.key_prefix), self._capability, every_s=settings.heartbeat_s
-            )
+            self._heartbeat = Heartbeat(stores.fleet, self._capability, every_s=settings.heartbeat_s)
             undo.callback(self._heartbeat.close)
             self._undo = undo.pop_all()
 
@@ -174,14 +151,13 @@ class Serving:
         if self._grace is not None:
             self._grace.cancel()
         self._undo.close()
-        if self._stuck.is_set():
+        if self._stuck.locked():
             # A thread that hangs in the device would keep the process: show where, and end it.
             faulthandler.dump_traceback_later(1.0, exit=True, file=2)
 
     def _stick(self, detail: str) -> None:
-        if self._stuck.is_set():
+        if not self._stuck.acquire(blocking=False):
             return
-        self._stuck.set()
         logger.critical("The device does not come back; this worker gives its jobs back and ends. %s", detail)
         faulthandler.dump_traceback_later(LAST_WORDS_S, exit=True, file=2)
         self._heartbeat.withdraw()
@@ -207,3 +183,11 @@ class Serving:
             host=socket.gethostname(),
             started_at_ms=self._started_at_ms,
         )
+
+
+def _hear_cancels(feed: EventFeed, cancel: Callable[[str], None], closing: threading.Event) -> None:
+    """Listen to the feed's cancels once the store is there; of those before, the renewals of the leases tell."""
+    while not closing.wait(LISTEN_AGAIN_S):
+        with suppress(StoreUnavailable):  # told already
+            feed.on_cancel(cancel)
+            return

@@ -5,7 +5,8 @@ Celery imports this module, by the app's `include`, in worker processes alone; w
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from celery import Task
@@ -52,9 +53,13 @@ class GenerateTask(Task):  # type: ignore[type-arg]  # the stubs' parameters do 
     Strategy = f"{__name__}:strategy"
     runner: AttemptRunner | None = None
 
-    def run(self, job_id: str) -> JsonObject:
+    def run(self, job_id: object) -> JsonObject:
         """The outcome of the job as a small value; its record has the rest."""
-        if self.runner is None or not isinstance(job_id, str):
+        if not isinstance(job_id, str):
+            logger.warning("A message names no job; it is dropped.")
+            raise Ignore
+        if self.runner is None:
+            logger.error("Job %s came to a worker that serves no device; it will be sent again.", job_id)
             raise Ignore
         try:
             job = self.runner.run(job_id, on_begun=self._tell_started)
@@ -74,18 +79,29 @@ class GenerateTask(Task):  # type: ignore[type-arg]  # the stubs' parameters do 
             case JobState.FAILED:
                 raise Internal("The job failed.") if record.error is None else error_from(record.error)
             case JobState.CANCELLED:
-                self.backend.mark_as_revoked(record.id, "cancelled", request=self.request)
-                self.send_event("task-revoked", terminated=True, signum=None, expired=False)
+                with _telling(record.id):
+                    self.backend.mark_as_revoked(record.id, "cancelled", request=self.request)
+                    self.send_event("task-revoked", terminated=True, signum=None, expired=False)
             case JobState.QUEUED:
                 # Stored before the message goes out: another worker may be quick.
-                self.backend.mark_as_retry(record.id, WorkerLost("The worker is leaving."), request=self.request)
-                self.send_event("task-retried", exception="the worker is leaving", traceback="")
-                send_job(self.app, record.id, job.queue, traceparent=job.traceparent)
+                with _telling(record.id):
+                    self.backend.mark_as_retry(record.id, WorkerLost("The worker is leaving."), request=self.request)
+                    self.send_event("task-retried", exception="the worker is leaving", traceback="")
+                try:
+                    send_job(self.app, record.id, job.queue, traceparent=job.traceparent)
+                except StoreUnavailable as error:
+                    logger.warning("Job %s: the message waits for the reconciler: %s", record.id, error)
         raise Ignore
 
     def _tell_started(self) -> None:
-        meta: dict[str, Any] = {"pid": os.getpid(), "hostname": self.request.hostname}
-        try:
-            self.update_state(state="STARTED", meta=meta)
-        except Exception as error:  # noqa: BLE001  # whatever the result backend raises, the job itself can run
-            logger.warning("That a job has started could not be told to Celery: %s", error)
+        with _telling(self.request.id):
+            self.update_state(state="STARTED", meta={"pid": os.getpid(), "hostname": self.request.hostname})
+
+
+@contextmanager
+def _telling(job_id: str | None) -> Iterator[None]:
+    """Whatever Celery's result backend or event stream raises, the job's record is the truth, and stands."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
+        logger.warning("How job %s stands could not be told to Celery: %s", job_id, error)

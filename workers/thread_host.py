@@ -11,10 +11,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-from omnirt_tasks.contract import Backend, ErrorInfo
+from omnirt_tasks.contract import ErrorInfo
 from omnirt_tasks.errors import ConfigurationError, Internal, ModelFailed, OmnirtError, OutOfMemory
 from omnirt_tasks.observability.logs import bound
-from omnirt_tasks.registry import Catalog, LoadRequest, ModelSpec
+from omnirt_tasks.registry import LoadRequest, ModelSpec
 from workers.backends import BackendDriver
 from workers.cache import ModelCache
 from workers.context import Interrupted, JobContext
@@ -60,7 +60,6 @@ class ThreadHost:
         self,
         *,
         backend: BackendDriver,
-        catalog: Catalog,
         models: Sequence[ModelSpec],
         folders: Mapping[str, Path],
         cache_size: int,
@@ -68,12 +67,11 @@ class ThreadHost:
     ) -> None:
         """Take the device.
 
-        `models` are those that this host serves, `folders` the operator's weights by model id, `cache_size` the most
-        models kept loaded, `concurrency` the most runs it is to be given at once.
+        `models` are those that this host serves and can run, `folders` where their weights lie, by model id; the stub
+        has none. `cache_size` is the most models kept loaded, `concurrency` the most runs it is to be given at once.
         Raises ConfigurationError when the backend has no such device here.
         """
         self._driver = backend
-        self._catalog = catalog
         self._models = {spec.id: spec for spec in models}
         self._folders = dict(folders)
         self._concurrency = concurrency
@@ -125,8 +123,8 @@ class ThreadHost:
             device_name=self._info.name,
             memory_bytes=self._info.memory_bytes,
             dtypes=self._info.dtypes,
-            models=tuple(sorted(spec.id for spec in self._models.values() if self._is_runnable(spec))),
-            loaded=tuple(sorted(spec.id for spec in self._models.values() if self._weights(spec) in loaded)),
+            models=tuple(sorted(self._models)),
+            loaded=tuple(sorted(model for model in self._models if self._weights(model) in loaded)),
             concurrency=self._concurrency,
         )
 
@@ -180,12 +178,12 @@ class ThreadHost:
     def _succeeded(self, job: JobContext) -> RunSucceeded:
         order = job.order
         job.check()
-        spec = self._models.get(order.request.model) or self._catalog.find(order.request.model)
+        spec = self._spec(order.request.model)
         executor = self._executor(spec)
         request = self._load_request(spec, order)
         job.stage("load")
         with self._cache.use(
-            ModelKey(self._weights(spec), request.dtype),
+            ModelKey(self._weights(spec.id), request.dtype),
             lambda: executor.load(spec, request),
             check=job.check,
             woken_by=job.woken_by,
@@ -238,37 +236,27 @@ class ThreadHost:
                 self._executors[mode] = executor_for(self._driver.name, mode)
             return self._executors[mode]
 
-    def _load_request(self, spec: ModelSpec, order: RunOrder) -> LoadRequest:
-        assert self._info is not None
-        if self._driver.name not in spec.backends:
+    def _spec(self, model: str) -> ModelSpec:
+        spec = self._models.get(model)
+        if spec is None:
             raise ModelFailed(
-                f"The model {spec.id!r} cannot run on {self._driver.name}.", "Send it to another backend."
-            )
-        if not self._is_runnable(spec):
-            raise ModelFailed(
-                f"The weights of the model {spec.id!r} are not on this worker.",
+                f"This worker does not serve the model {model!r} on {self._driver.name}, or has not its weights.",
                 "The operator names their folder in OMNIRT_MODEL_FOLDERS.",
             )
+        return spec
+
+    def _load_request(self, spec: ModelSpec, order: RunOrder) -> LoadRequest:
+        assert self._info is not None
         dtype = str(order.request.config.get("dtype", "fp32"))
-        if dtype not in self._info.dtypes:
-            log.warning("dtype not possible here; taking fp32", extra={"dtype": dtype, "device": self._info.device})
-            dtype = "fp32"
-        return LoadRequest(folder=self._folder(spec) or Path(), device=self._driver.torch_device, dtype=dtype)
+        if dtype not in self._info.dtypes:  # another would make the report tell what did not happen
+            raise ModelFailed(
+                f"The device {self._info.device} does not compute in {dtype}.",
+                f"Ask for the dtype {' or '.join(self._info.dtypes)}.",
+            )
+        return LoadRequest(self._folders.get(spec.id, Path()), self._driver.torch_device, dtype)
 
-    def _folder(self, spec: ModelSpec) -> Path | None:
-        return self._folders.get(spec.id, spec.weights)
-
-    def _weights(self, spec: ModelSpec) -> str:
-        folder = self._folder(spec)
-        return str(folder) if folder is not None else f"model:{spec.id}"
-
-    def _is_runnable(self, spec: ModelSpec) -> bool:
-        if self._driver.name not in spec.backends:
-            return False
-        if self._driver.name == Backend.CPU_STUB:
-            return True
-        folder = self._folder(spec)
-        return spec.loader is not None and folder is not None and folder.is_dir()
+    def _weights(self, model: str) -> str:
+        return str(self._folders.get(model, f"model:{model}"))
 
 
 def _broken_off() -> ErrorInfo:

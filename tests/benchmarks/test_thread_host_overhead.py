@@ -35,9 +35,8 @@ def test_a_run_through_the_host_adds_less_than_ten_milliseconds(tmp_path: Path) 
     assert spec.loader is not None
     host = ThreadHost(
         backend=driver("cpu", torch_threads=1),
-        catalog=discover(),
         models=[spec],
-        folders={},
+        folders={spec.id: spec.weights},
         cache_size=1,
         concurrency=1,
     )

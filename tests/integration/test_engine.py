@@ -3,14 +3,19 @@
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from omnirt_tasks.contract import CancelOutcome, EventName, JobRecord, JobState
 from omnirt_tasks.errors import BackendUnsupported, ConfigurationError, JobNotFound, JobTimeout, ValidationFailed
-from omnirt_tasks.settings import load_settings
-from omnirt_tasks.validation import parse_request
+from omnirt_tasks.jobs.memory import MemoryJobStore
+from omnirt_tasks.jobs.store import NewJob, StoredJob
+from omnirt_tasks.settings import Settings, load_settings
+from omnirt_tasks.validation import Resolution, parse_request, resolve
 from tests.support.waiting import eventually
+from workers.backends import DeviceInfo
+from workers.backends.cpu import CpuDriver
 from workers.engine import OmniEngine
 
 
@@ -137,6 +142,87 @@ def test_what_cannot_run_here_is_refused(engine: OmniEngine) -> None:
         OmniEngine(backend="tpu")
     with pytest.raises(ConfigurationError):
         OmniEngine(max_concurrency=0)
+
+
+def test_a_model_without_weights_here_is_refused_and_auto_takes_what_can_run() -> None:
+    with OmniEngine() as engine:
+        sdxl = {"task": "text2image", "model": "sdxl-base-1.0", "inputs": {"prompt": "a red circle"}}
+        with pytest.raises(BackendUnsupported, match="OMNIRT_MODEL_FOLDERS"):
+            engine.submit(parse_request(sdxl))
+        assert engine.wait(submit(engine, backend="auto").id, timeout_s=30).backend == "cpu-stub"
+
+
+def test_a_dtype_that_the_device_does_not_have_is_replaced_before_the_job_runs(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only_fp32 = (DeviceInfo("cpu:0", "a processor", None, ("fp32",)),)
+    monkeypatch.setattr(CpuDriver, "probe", lambda _: only_fp32)
+    body = {
+        "task": "text2image",
+        "model": "shapes",
+        "inputs": {"prompt": "a red circle"},
+        "config": {"dtype": "bf16", "num_inference_steps": 1},
+    }
+
+    with OmniEngine(backend="cpu", settings=settings) as engine:
+        job = engine.wait(engine.submit(parse_request(body)).id, timeout_s=60)
+
+    assert job.result is not None, job.error
+    report = job.result.metadata
+    assert report.config_resolved["dtype"] == "fp32"
+    assert any("bf16" in warning for warning in report.warnings)
+
+
+def test_a_request_is_checked_once(engine: OmniEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[object] = []
+
+    def count(*arguments: Any, **options: Any) -> Resolution:
+        checked.append(arguments)
+        return resolve(*arguments, **options)
+
+    monkeypatch.setattr("omnirt_tasks.submission.resolve", count)
+
+    submit(engine)
+
+    assert len(checked) == 1, "or pictures are decoded twice, and the seed is not the one that was looked at"
+
+
+def test_a_device_that_cannot_be_taken_fails_the_job_with_the_reason(
+    engine: OmniEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ConfigurationError("The device is on fire.", "Put it out.")
+
+    monkeypatch.setattr("workers.engine.driver", refuse)
+
+    job = engine.wait(submit(engine).id, timeout_s=30)
+
+    assert job.state is JobState.FAILED
+    assert job.error is not None
+    assert (job.error.code, job.error.message) == (ConfigurationError.code, "The device is on fire.")
+    assert [event.event for event in engine.events(job.id) if event.terminal] == [EventName.JOB_FAILED]
+    monkeypatch.undo()
+    assert engine.wait(submit(engine).id, timeout_s=30).state is JobState.SUCCEEDED
+
+
+def test_a_job_that_comes_while_the_engine_closes_is_refused_and_does_not_stay_queued(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = OmniEngine(backend="cpu-stub")
+    created: list[str] = []
+    create = MemoryJobStore.create
+
+    def close_meanwhile(store: MemoryJobStore, job: NewJob, **options: Any) -> StoredJob:
+        engine.close()
+        created.append(job.id)
+        return create(store, job, **options)
+
+    monkeypatch.setattr(MemoryJobStore, "create", close_meanwhile)
+
+    with pytest.raises(ConfigurationError, match="closed"):
+        submit(engine)
+
+    assert engine.job(created[0]).state is JobState.CANCELLED
 
 
 def test_closing_cancels_what_is_not_over(tmp_path: Path) -> None:

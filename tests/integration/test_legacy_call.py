@@ -313,6 +313,15 @@ def test_missing_weights_fail_their_own_job_alone(bench: Bench) -> None:
     succeeded(bench.run())
 
 
+def test_a_dtype_that_the_device_does_not_have_fails_the_job_rather_than_bending_it(bench: Bench) -> None:
+    error = failed(bench.run(dtype="fp16")).error
+    assert error.code == "model_failed"
+    assert "fp16" in error.message
+    assert error.hint
+    assert "fp32" in error.hint
+    succeeded(bench.run())
+
+
 def test_a_broken_folder_fails_its_job_and_leaves_nothing_loaded(tmp_path: Path) -> None:
     folder = save_tiny_sdxl(tmp_path / "broken")
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
@@ -411,11 +420,11 @@ def test_a_preview_of_no_numbers_is_none() -> None:
 
 def test_shapes_draws_what_it_is_told(tmp_path: Path) -> None:
     spec = discover().find("shapes")
+    assert spec.weights is not None
     host = ThreadHost(
         backend=driver("cpu", torch_threads=1),
-        catalog=discover(),
         models=[spec],
-        folders={},
+        folders={spec.id: spec.weights},
         cache_size=1,
         concurrency=2,
     )

@@ -68,10 +68,11 @@ def test_a_job_that_ends_while_redis_is_away_is_committed_when_it_is_back(
         system.close()
 
 
-def test_a_worker_that_starts_before_redis_waits_for_it(
+def test_a_worker_that_starts_before_redis_waits_for_it_and_then_hears_of_cancels(
     broker: EmbeddedBroker, settings: Settings, processes: Processes
 ) -> None:
-    own = settings.model_copy(update={"redis_url": SecretStr(broker.url)})
+    # So long a lease that its renewal would tell of the cancel much later than the notice does.
+    own = settings.model_copy(update={"redis_url": SecretStr(broker.url), "lease_ttl_s": 120.0})
     broker.stop()
     command = [sys.executable, "-m", "celery", "-A", "omnirt_tasks", "worker", "-Q", STUB_QUEUE]
     worker = processes.start("worker", command, env=environment(own))
@@ -82,6 +83,11 @@ def test_a_worker_that_starts_before_redis_waits_for_it(
     system = JobSystem(own)
     try:
         assert system.finished(system.submit()).state is JobState.SUCCEEDED
+        cancelled = system.submit(steps=200, step_ms=100)
+        system.seen(cancelled, EventName.STAGE_PROGRESS)
+        eventually(lambda: system.redis.pubsub_numsub(f"{own.key_prefix}:cancel")[0][1] == 2)  # the worker and the test
+        system.store.cancel(cancelled)
+        assert system.finished(cancelled, timeout_s=5).state is JobState.CANCELLED
         assert worker.exit_code is None
     finally:
         system.close()

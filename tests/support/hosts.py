@@ -104,7 +104,6 @@ def stub_bench(tmp_path: Path, *, cache_size: int = 2) -> Bench:
     spec = discover().find("stub")
     host = ThreadHost(
         backend=driver("cpu-stub"),
-        catalog=discover(),
         models=[spec],
         folders={},
         cache_size=cache_size,
@@ -153,7 +152,6 @@ def sdxl_bench(
     models = [dataclasses.replace(catalog.find(model), loader=loads) for model in folders]
     host = ThreadHost(
         backend=driver("cpu", torch_threads=1),
-        catalog=catalog,
         models=models,
         folders=folders,
         cache_size=cache_size,

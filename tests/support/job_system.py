@@ -28,7 +28,7 @@ class JobSystem:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.app = make_app(settings)
-        self.redis: Any = connect(settings)
+        self.redis: Any = connect(settings.redis_url)
         self.store = RedisJobStore(self.redis, prefix=settings.key_prefix, job_ttl_s=settings.job_ttl_s)
         self.fleet = RedisFleet(self.redis, prefix=settings.key_prefix)
         self.feed = RedisFeed(self.redis, prefix=settings.key_prefix)
