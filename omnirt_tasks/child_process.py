@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from pathlib import Path
 GUARD = Path(__file__).with_name("guard.py")
 LAST_LINES = 40
 LINE_BYTES_MAX = 64 * 1024
+GONE_TIMEOUT_S = 5.0  # what was killed vanishes at once, unless the kernel or a lazy init holds it
+GONE_POLL_S = 0.005
 
 
 class ChildProcess:
@@ -61,7 +64,10 @@ class ChildProcess:
     @property
     def exit_code(self) -> int | None:
         """The command's exit status, 128 + n for signal n; None while it runs."""
-        return self._process.returncode if self._ended.is_set() else None
+        if not self._ended.is_set():
+            return None
+        code: int = self._process.returncode  # negative when the guard itself was killed
+        return code if code >= 0 else 128 - code
 
     def ask_to_stop(self) -> None:
         """Have it ended (SIGTERM, then SIGKILL after its grace), and return at once. Idempotent."""
@@ -96,8 +102,15 @@ class ChildProcess:
 
     def _wait(self) -> None:
         self._process.wait()
-        self.kill()  # what the command itself left behind in its group
+        self._clear_group()  # of what the command itself left behind
         self._reader.join()
         self._ended.set()
         if self._on_exit is not None:
             self._on_exit(self)
+
+    def _clear_group(self) -> None:
+        deadline = time.monotonic() + GONE_TIMEOUT_S
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody is left, or on macOS: only zombies
+            while time.monotonic() < deadline:
+                os.killpg(self._process.pid, signal.SIGKILL)
+                time.sleep(GONE_POLL_S)

@@ -19,7 +19,7 @@ from typing import Any, Self
 from urllib.parse import quote
 
 import httpx
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from omnirt_tasks.contract import (
     Artifact,
@@ -32,10 +32,11 @@ from omnirt_tasks.contract import (
     JobRecord,
     JobState,
     Problem,
+    Readiness,
     ResolvedRequest,
     Task,
 )
-from omnirt_tasks.contract.base import Answer, JsonObject
+from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.errors import (
     GatewayUnreachable,
     JobTimeout,
@@ -57,21 +58,6 @@ BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 5.0
 
 _PROBLEMS = TypeAdapter(tuple[Problem, ...])
-
-
-class QueueLoad(Answer):
-    """How many live workers a queue has, and how many of its jobs wait and run."""
-
-    workers: int
-    waiting: int
-    running: int
-
-
-class Readiness(Answer):
-    """What a ready gateway tells of its queues, by their names."""
-
-    ok: bool
-    queues: dict[str, QueueLoad]
 
 
 class Client:
@@ -219,8 +205,14 @@ class Client:
         return tuple(self._call("GET", "/v1/models", params=query)["data"])
 
     def ready(self) -> Readiness:
-        """What /readyz tells. Raises GatewayUnreachable or StoreUnavailable when the gateway is not ready."""
-        return Readiness.model_validate(self._call("GET", "/readyz"))
+        """Whether the gateway accepts jobs, and by which queues; `ok` is false while its store is away."""
+        with self._translated():
+            response = self._http.get("/readyz")
+            try:
+                return Readiness.model_validate_json(response.content)  # of a 503 too
+            except ValidationError as not_ours:
+                _raise_for(response)
+                raise _no_gateway(response) from not_ours
 
     def close(self) -> None:
         """Close the connections."""
@@ -352,10 +344,14 @@ def _raise_for(response: httpx.Response) -> None:
         error = error_from(ErrorInfo(code=told["code"], message=told["message"]))
         error.details = _PROBLEMS.validate_python(told.get("details") or ())
     except (ValueError, KeyError, TypeError) as not_ours:
-        raise GatewayUnreachable(
-            f"{response.request.url.host} answered {response.status_code}, and not as a gateway does.",
-            "Check the URL, and what stands between here and the gateway.",
-        ) from not_ours
+        raise _no_gateway(response) from not_ours
     retry_after = response.headers.get("Retry-After", "")
     error.retry_after_s = int(retry_after) if retry_after.isdecimal() else None
     raise error
+
+
+def _no_gateway(response: httpx.Response) -> GatewayUnreachable:
+    return GatewayUnreachable(
+        f"{response.request.url.host} answered {response.status_code}, and not as a gateway does.",
+        "Check the URL, and what stands between here and the gateway.",
+    )

@@ -28,7 +28,8 @@ class EmbeddedBroker:
 
     With `data_dir` the data outlives the server (append-only file, fsync each second); without, they are gone with it.
     `port` 0 takes a free one, `password` None a random one ("" is no password). Stopped and started again, it has the
-    same URL. `on_line` gets its log, and `on_exit` is called when it has ended (see ChildProcess).
+    same URL. `on_line` gets its log, and `on_exit` is called when a server has ended (see ChildProcess), also one that
+    lost its port to another process, so that the next is tried.
     """
 
     def __init__(

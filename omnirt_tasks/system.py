@@ -6,6 +6,7 @@
 Every child has a guard (see `child_process`), so nothing outlives this process, whatever ends it.
 """
 
+import os
 import sys
 import threading
 import time
@@ -17,11 +18,12 @@ from omnirt_tasks.child_process import ChildProcess
 from omnirt_tasks.client import Client
 from omnirt_tasks.embedded import EmbeddedBroker, free_port
 from omnirt_tasks.errors import OmnirtError, OperatorError
+from omnirt_tasks.graces import GATEWAY_GRACE_S, GATEWAY_MARGIN_S
+from omnirt_tasks.routing import plain_name
+from omnirt_tasks.settings import PREFIX
 
 READY_TIMEOUT_S = 180.0  # a first start may read gigabytes of libraries from a cold disk
 READY_POLL_S = 0.05
-WAIT_S = 60.0
-GATEWAY_GRACE_S = 10.0
 LINES_TOLD = 12
 
 
@@ -30,6 +32,12 @@ def worker_command(queues: Sequence[str], log_level: str) -> list[str]:
     celery = [sys.executable, "-m", "celery", "-A", "omnirt_tasks"]
     # Mingling waits a second for what other workers know; here the job records know it.
     return [*celery, "worker", "-Q", ",".join(queues), "--loglevel", log_level, "--without-mingle"]
+
+
+def hermetic_environment(**settings: object) -> dict[str, str]:
+    """This process's environment with these settings, by their names, in place of every one that it has."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+    return inherited | {f"{PREFIX}{name.upper()}": str(value) for name, value in settings.items()}
 
 
 class System:
@@ -97,7 +105,9 @@ class System:
             self._port = self._port or free_port()
             self._environment |= {"OMNIRT_HOST": self._host, "OMNIRT_PORT": str(self._port), "PYTHONUNBUFFERED": "1"}
             self._launch("worker", worker_command(self._queues, self._log_level), self._worker_grace_s)
-            self._launch("gateway", [sys.executable, "-m", "omnirt_tasks.cli", "serve"], GATEWAY_GRACE_S)
+            self._launch(
+                "gateway", [sys.executable, "-m", "omnirt_tasks.cli", "serve"], GATEWAY_GRACE_S + GATEWAY_MARGIN_S
+            )
             self._wait_until_ready()
         except BaseException:
             self.stop()
@@ -105,10 +115,8 @@ class System:
 
     def wait(self) -> NoReturn:
         """Wait until a child ends, which none should, and raise OperatorError with its last lines."""
-        while not self._one_ended.wait(WAIT_S):
-            pass
-        self._raise_ended()
-        raise AssertionError("a child told of its end and has not ended")
+        while True:
+            self._watch_children()
 
     def stop(self) -> None:
         """Stop everything in order, and return when nothing is left; interrupted, kill what is left. Idempotent."""
@@ -153,20 +161,23 @@ class System:
         deadline = time.monotonic() + READY_TIMEOUT_S
         with Client(self.url) as client:
             while not self._is_ready(client):
-                if self._one_ended.wait(READY_POLL_S):
-                    self._raise_ended()
+                self._watch_children(READY_POLL_S)
                 if time.monotonic() > deadline:
                     told = "\n".join(f"  {line}" for child in self._running() for line in list(child.last_lines)[-4:])
                     raise OperatorError(f"The system is not ready after {READY_TIMEOUT_S:.0f} s. Last lines:\n{told}")
 
     def _is_ready(self, client: Client) -> bool:
         try:
-            queues = client.ready().queues
-        except OmnirtError:  # the gateway, or its Redis, is not there yet; a child that ended is told of by the caller
+            ready = client.ready()
+        except OmnirtError:  # the gateway is not there yet; a child that ended is told of by the caller
             return False
-        return all(queue in queues and queues[queue].workers for queue in self._queues)
+        names = map(plain_name, self._queues)
+        return ready.ok and all(name in ready.queues and ready.queues[name].workers for name in names)
 
-    def _raise_ended(self) -> None:
+    def _watch_children(self, timeout_s: float | None = None) -> None:
+        """Wait until a child's end is told, or for `timeout_s`. Raises OperatorError when one of ours has ended."""
+        self._one_ended.wait(timeout_s)
+        self._one_ended.clear()  # it only wakes: a broker that lost its port, and was started anew, has ended too
         for child in self._running():
             if child.exit_code is not None:
                 told = "\n".join(f"  {line}" for line in list(child.last_lines)[-LINES_TOLD:])

@@ -7,7 +7,7 @@ from typing import Any
 from flask import Response
 from pydantic import BaseModel
 
-from omnirt_tasks.contract import Artifact, GenerateResult, JobRecord
+from omnirt_tasks.contract import JobRecord
 from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.jobs.store import StoredJob
 from web.services import services
@@ -40,27 +40,6 @@ def own_job(job_id: str, owner: str) -> StoredJob:
 
 
 def record_of(job: StoredJob) -> JobRecord:
-    """The record as its owner sees it: where it waits, and URLs in place of paths."""
+    """The record as its owner sees it, with where it waits."""
     record = job.record
-    if record.queue is not None:
-        queue = services().queue_status(job)
-        return record.model_copy(update={"queue": queue})
-    if record.result is not None:
-        return record.model_copy(update={"result": result_over_http(record.id, record.result)})
-    return record
-
-
-def result_over_http(job_id: str, result: GenerateResult) -> GenerateResult:
-    """The result with each artifact's URL as its path."""
-
-    def addressed(artifact: Artifact) -> Artifact:
-        url = f"{job_url(job_id)}/artifacts/{artifact.name}"
-        return artifact.model_copy(update={"path": url, "url": url, "data_b64": None})
-
-    report = result.metadata
-    return result.model_copy(
-        update={
-            "outputs": tuple(map(addressed, result.outputs)),
-            "metadata": report.model_copy(update={"artifacts": tuple(map(addressed, report.artifacts))}),
-        }
-    )
+    return record if record.queue is None else record.model_copy(update={"queue": services().queue_status(job)})

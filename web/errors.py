@@ -72,7 +72,7 @@ def envelope(error: OmnirtError, job_id: str | None = None) -> JsonObject:
     shown = error.details[:DETAILS_MAX]
     body = ErrorBody(
         code=error.code,
-        message=told(error),
+        message=str(error),
         type=_kind(error),
         param=shown[0].loc if shown else None,
         details=shown,
@@ -83,11 +83,6 @@ def envelope(error: OmnirtError, job_id: str | None = None) -> JsonObject:
     if body.details_omitted is None:
         del data["details_omitted"]
     return {"error": data}
-
-
-def told(error: OmnirtError) -> str:
-    """The message with its remedy."""
-    return f"{error.message} {error.hint}" if error.hint and error.hint not in error.message else error.message
 
 
 def answer(error: OmnirtError, *, job_id: str | None = None, headers: Mapping[str, str] | None = None) -> Response:
@@ -116,7 +111,13 @@ def malformed() -> ValidationFailed:
 
 
 def _kind(error: OmnirtError) -> str:
-    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kinds = {
+        401: "authentication_error",
+        403: "permission_error",
+        404: "not_found_error",
+        409: "conflict_error",
+        429: "rate_limit_error",
+    }
     return kinds.get(error.http_status, "invalid_request_error" if isinstance(error, CallerError) else "server_error")
 
 

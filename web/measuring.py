@@ -18,7 +18,7 @@ def register(app: Flask) -> None:
     parts = app.extensions[EXTENSION]
     assert isinstance(parts, Services)
     registry = CollectorRegistry()
-    registry.register(StoreCollector(parts.store, parts.count_workers))
+    registry.register(StoreCollector(parts.store, parts.queues))
     DeviceMetrics(registry)  # declares what workers count, so that every name is there from the start
     counted = GatewayMetrics(registry, count_streams=lambda: parts.streams.count)
     app.extensions[REGISTRY] = registry

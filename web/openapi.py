@@ -10,7 +10,7 @@ from pydantic.json_schema import models_json_schema
 from werkzeug.routing import Rule
 
 from omnirt_tasks.contract import Event
-from omnirt_tasks.errors import Internal, MethodNotAllowed, OmnirtError, StoreUnavailable, Unauthorized
+from omnirt_tasks.errors import Internal, MethodNotAllowed, OmnirtError, OriginRefused, StoreUnavailable, Unauthorized
 from web.errors import ErrorEnvelope
 from web.operations import Content, Operation, operation_of
 
@@ -74,7 +74,7 @@ def _schemas(operations: Iterable[Operation]) -> dict[str, Any]:
 
 def _described(rule: Rule, operation: Operation) -> dict[str, Any]:
     described: dict[str, Any] = {
-        "operationId": rule.endpoint.rpartition(".")[2] if not rule.websocket else "stream_job",
+        "operationId": rule.endpoint.rpartition(".")[2],
         "summary": operation.summary,
         "tags": [rule.endpoint.partition(".")[0]],
         "parameters": [_path_parameter(name) for name in _PLACE.findall(rule.rule)]
@@ -85,11 +85,8 @@ def _described(rule: Rule, operation: Operation) -> dict[str, Any]:
         "responses": {str(status): _answer(status, content) for status, content in operation.answers.items()}
         | _error_answers(operation),
     }
-    if rule.websocket:
-        described["description"] = (
-            'Each message is an event as JSON. Takes `{"action": "cancel"}`, `{"action": "resume", "after": N}` and '
-            '`{"action": "ping"}`; browsers send the key as the subprotocol pair `omnirt`, `key.KEY`.'
-        )
+    if operation.description is not None:
+        described["description"] = operation.description
     if operation.body is not None:
         described["requestBody"] = {"required": True, "content": _content(operation.body)}
     if operation.open:
@@ -102,7 +99,14 @@ def _path_parameter(name: str) -> dict[str, Any]:
 
 
 def _answer(status: int, content: Content) -> dict[str, Any]:
-    told = {101: "The events follow.", 202: "Accepted.", 204: "Nothing to say.", 206: "A part.", 304: "Not modified."}
+    told = {
+        101: "The events follow.",
+        202: "Accepted.",
+        204: "Nothing to say.",
+        206: "A part.",
+        304: "Not modified.",
+        503: "Not now.",
+    }
     described: dict[str, Any] = {"description": told.get(status, "Success.")}
     if content is not None:
         described["content"] = _content(content)
@@ -124,7 +128,7 @@ def _error_answers(operation: Operation) -> dict[str, Any]:
     """Each status of the errors that the route may answer, with their codes."""
     always: tuple[type[OmnirtError], ...] = (MethodNotAllowed, Internal)
     if not operation.open:
-        always += (Unauthorized, StoreUnavailable)
+        always += (Unauthorized, OriginRefused, StoreUnavailable)
     codes: dict[int, dict[str, None]] = {}
     for error in (*operation.errors, *always):
         codes.setdefault(error.http_status, {})[error.code] = None

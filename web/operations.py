@@ -30,9 +30,10 @@ class Parameter:
 class Operation:
     """One route as documented.
 
-    `answers` maps each status below 400 to its content; `errors` are those of the route's own, besides the ones that
-    every route has. `body` is the request's content. `open` routes need no key; `page` ones take it also as the
-    password of Basic authentication, since a browser opens them by address.
+    `answers` maps each status to its content, where that is not an error in the envelope; `errors` are those of the
+    route's own, besides the ones that every route has. `description` is what the summary leaves out. `body` is the
+    request's content. `open` routes need no key; `page` ones take it also as the password of Basic authentication,
+    since a browser opens them by address.
     """
 
     summary: str
@@ -42,6 +43,7 @@ class Operation:
     parameters: tuple[Parameter, ...] = ()
     open: bool = False
     page: bool = False
+    description: str | None = None
 
 
 def documented(
@@ -53,9 +55,10 @@ def documented(
     parameters: tuple[Parameter, ...] = (),
     open: bool = False,  # noqa: A002  # the word for it
     page: bool = False,
+    description: str | None = None,
 ) -> Callable[[View], View]:
     """Attach an `Operation` to a view."""
-    operation = Operation(summary, answers, errors, body, parameters, open, page)
+    operation = Operation(summary, answers, errors, body, parameters, open, page, description)
 
     def attach(view: View) -> View:
         setattr(view, _ATTRIBUTE, operation)

@@ -24,6 +24,7 @@ from gunicorn.http.errors import LimitRequestHeaders, LimitRequestLine, ParseExc
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
 from omnirt_tasks.errors import Internal, OmnirtError, TooLarge
+from omnirt_tasks.graces import GATEWAY_GRACE_S
 from omnirt_tasks.observability import logs, tracing
 from omnirt_tasks.settings import Settings
 from web.app import create_app
@@ -31,7 +32,6 @@ from web.errors import answer_malformed, envelope, malformed
 from web.services import EXTENSION, WAITS_MAX, Services, build
 
 SERVICE = "omnirt-gateway"
-GRACE_S = 10
 KEEPALIVE_S = 30
 LINGER_S = 2.0
 SOCKET_TIMEOUT_S = 30
@@ -82,7 +82,10 @@ class GatewayWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no type
         return kept
 
     def handle_exit(self, sig: int, frame: object) -> None:
-        """SIGTERM: no new connections; requests in hand are finished, and streams end so that clients resume."""
+        """SIGTERM: no new connections; requests in hand are finished, and streams end so that clients resume.
+
+        Who waits for a job is answered 503 with its id: the job was accepted, and goes on.
+        """
         self._end_streams()
         super().handle_exit(sig, frame)
 
@@ -159,7 +162,7 @@ class _Gateway(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
             "threads": threads,  # made when they are needed
             "worker_connections": threads + IDLE_CONNECTIONS,
             "keepalive": KEEPALIVE_S,
-            "graceful_timeout": GRACE_S,
+            "graceful_timeout": GATEWAY_GRACE_S,
             "limit_request_line": LINE_BYTES_MAX,
             "worker_tmp_dir": str(memory) if os.access(memory, os.W_OK) else None,
             "control_socket_disable": True,

@@ -7,22 +7,20 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 
-import redis
 from flask import current_app
 
 from omnirt_tasks.artifacts import ArtifactStorage
-from omnirt_tasks.celery_app import broker_prefix, make_app
-from omnirt_tasks.contract import QueueStatus
+from omnirt_tasks.celery_app import make_app
+from omnirt_tasks.contract import QueueReadiness, QueueStatus
 from omnirt_tasks.errors import JobNotFound
-from omnirt_tasks.jobs.connection import connect
-from omnirt_tasks.jobs.feed import RedisFeed
-from omnirt_tasks.jobs.fleet import Fleet, RedisFleet
-from omnirt_tasks.jobs.reconciler import Reconciler, celery_waiting, redis_turn
-from omnirt_tasks.jobs.redis import RedisJobStore
-from omnirt_tasks.jobs.store import EventFeed, JobStore, StoredJob
+from omnirt_tasks.jobs.fleet import LiveWorkers
+from omnirt_tasks.jobs.reconciler import Reconciler
+from omnirt_tasks.jobs.store import EventFeed, JobStore, QueueDepth, StoredJob
 from omnirt_tasks.observability import tracing
 from omnirt_tasks.registry import Catalog, discover
+from omnirt_tasks.routing import plain_name
 from omnirt_tasks.settings import Settings
+from omnirt_tasks.stores import Stores, open_stores
 from omnirt_tasks.submission import Submission
 from omnirt_tasks.tasks import send_job
 from omnirt_tasks.uploads import UploadStorage
@@ -45,7 +43,7 @@ class Services:
     catalog: Catalog
     store: JobStore
     feed: EventFeed
-    fleet: Fleet
+    fleet: LiveWorkers
     artifacts: ArtifactStorage
     uploads: UploadStorage
     submission: Submission
@@ -54,7 +52,7 @@ class Services:
     waits: Slots
     reconciler: Reconciler
     tracing: tracing.Tracing
-    connections: tuple[redis.Redis, ...] = ()
+    stores: Stores
 
     def start(self) -> None:
         """Start the threads that work beside requests. Call it once, in the process that serves."""
@@ -65,12 +63,22 @@ class Services:
         self.feed.close()
         self.reconciler.close()
         self.tracing.close()
-        for connection in self.connections:
-            connection.close()
+        self.stores.close()
 
-    def count_workers(self) -> dict[str, int]:
-        """Live workers by the full name of each queue that they serve. Raises StoreUnavailable."""
-        return dict(Counter(queue for worker in self.fleet.live() for queue in worker.queues))
+    def queues(self) -> dict[str, QueueReadiness]:
+        """Every queue that holds a job or that a live worker serves, by name. Raises StoreUnavailable.
+
+        Jobs and workers with tags count for the plain name: tags are the callers' own words, and without end.
+        """
+        workers = Counter(name for worker in self.fleet.live() for name in set(map(plain_name, worker.queues)))
+        depths = dict.fromkeys(workers, QueueDepth(0, 0))
+        for queue in self.store.queues():
+            name = plain_name(queue)
+            depths[name] = depths.get(name, QueueDepth(0, 0)) + self.store.depth(queue)
+        return {
+            name: QueueReadiness(workers=workers[name], waiting=depth.waiting, running=depth.running)
+            for name, depth in sorted(depths.items())
+        }
 
     def queue_status(self, job: StoredJob) -> QueueStatus:
         """Where a queued job waits. Raises StoreUnavailable."""
@@ -97,33 +105,23 @@ def build(settings: Settings, tracer: tracing.Tracing | None = None) -> Services
 
     Connects to nothing. Raises ConfigurationError for keys that cannot be read.
     """
-    client = connect(settings)
-    broker = connect(settings.model_copy(update={"redis_url": settings.broker_url or settings.redis_url}))
-    prefix = settings.key_prefix
+    stores = open_stores(settings)
     catalog = discover()
-    store = RedisJobStore(client, prefix=prefix, job_ttl_s=settings.job_ttl_s)
-    fleet = RecentFleet(RedisFleet(client, prefix=prefix))
-    artifacts = ArtifactStorage(settings.storage_url)
-    uploads = UploadStorage(
-        settings.storage_url,
-        ttl_s=settings.upload_ttl_s,
-        max_bytes=settings.max_upload_bytes,
-        max_pixels=settings.max_image_pixels,
-    )
+    fleet = RecentFleet(stores.fleet)
     send = partial(send_job, publish_cheaply(make_app(settings)))
     return Services(
         settings=settings,
         catalog=catalog,
-        store=store,
-        feed=RedisFeed(client, prefix=prefix),
+        store=stores.jobs,
+        feed=stores.feed,
         fleet=fleet,
-        artifacts=artifacts,
-        uploads=uploads,
+        artifacts=stores.artifacts,
+        uploads=stores.uploads,
         submission=Submission(
-            store=store,
+            store=stores.jobs,
             catalog=catalog,
             fleet=fleet,
-            uploads=uploads,
+            uploads=stores.uploads,
             send=send,
             door=Door(allow_stub=settings.allow_stub, disabled_tiers=settings.disabled_tiers),
             queue_limit=settings.queue_limit,
@@ -131,16 +129,7 @@ def build(settings: Settings, tracer: tracing.Tracing | None = None) -> Services
         gate=make_gate(load_keys(settings.api_keys_file), settings.allowed_origins),
         streams=Slots(per_owner=settings.max_streams_per_key, total=settings.max_streams, what="streams"),
         waits=Slots(per_owner=WAITS_MAX, total=WAITS_MAX, what="waiting requests"),
-        reconciler=Reconciler(
-            store,
-            every_s=settings.reconcile_every_s,
-            unclaimed_after_s=settings.unclaimed_after_s,
-            resend=send,
-            waiting_in_broker=celery_waiting(broker, prefix=broker_prefix(settings)),
-            remove_files=lambda job: artifacts.remove_job(job.record.id),
-            turn=redis_turn(client, prefix=prefix, every_s=settings.reconcile_every_s),
-            housekeeping=uploads.sweep,
-        ),
+        reconciler=stores.reconciler(send),
         tracing=tracer or tracing.ids_only(),
-        connections=(client, broker),
+        stores=stores,
     )

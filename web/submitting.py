@@ -5,10 +5,25 @@ import re
 from flask import Response, request
 
 from omnirt_tasks.contract import GenerateRequest, Problem
-from omnirt_tasks.errors import ValidationFailed
+from omnirt_tasks.errors import (
+    BackendUnsupported,
+    InsufficientMemory,
+    InvalidJson,
+    ModelNotFound,
+    ModelTierDisabled,
+    QueueFull,
+    StorageError,
+    StoreUnavailable,
+    StubDisabled,
+    TooLarge,
+    TooManyStreams,
+    UploadNotFound,
+    ValidationFailed,
+)
 from omnirt_tasks.jobs.store import StoredJob
 from omnirt_tasks.jobs.watch import wait_finished
 from omnirt_tasks.validation import parse_request
+from web import errors
 from web.answers import job_url, json_answer, record_of
 from web.auth import current_owner
 from web.bodies import read_body
@@ -23,6 +38,22 @@ PREFER = Parameter(
     f"`wait=N`: answer 200 with the finished record if the job ends within N seconds (at most {PREFER_WAIT_MAX_S}).",
     where="header",
 )
+
+SUBMIT_ERRORS = (
+    InvalidJson,
+    ValidationFailed,
+    BackendUnsupported,
+    InsufficientMemory,
+    ModelNotFound,
+    UploadNotFound,
+    ModelTierDisabled,
+    StubDisabled,
+    TooLarge,
+    QueueFull,
+    TooManyStreams,
+    StorageError,
+)
+"""What every route that submits may answer."""
 
 _WAIT = re.compile(r"\s*wait\s*=\s*\"?(\d{1,9})\"?\s*", re.ASCII | re.IGNORECASE)
 
@@ -53,12 +84,28 @@ def submit_asynchronously(wanted: GenerateRequest) -> Response:
         return _accepted(submit(wanted))
     parts = services()
     with parts.waits.held(current_owner()):
-        job = submit(wanted)
-        over = wait_finished(parts.store, parts.feed, job.record.id, timeout_s=wait_s)
-    answer = _accepted(parts.store.get(job.record.id)) if over is None else json_answer(record_of(over))
-    answer.headers["Location"] = job_url(job.record.id)
+        job_id = submit(wanted).record.id
+        try:
+            over = wait_finished(parts.store, parts.feed, job_id, timeout_s=wait_s)
+            answer = _accepted(parts.store.get(job_id)) if over is None else json_answer(record_of(over))
+        except StoreUnavailable as error:
+            return unwatched(job_id, error)
+    answer.headers["Location"] = job_url(job_id)
     answer.headers["Preference-Applied"] = f"wait={wait_s}"
     return answer
+
+
+def unwatched(job_id: str, error: StoreUnavailable) -> Response:
+    """The answer for an accepted job that cannot be waited for any longer: its id must not be lost with that."""
+    told = StoreUnavailable(
+        f"{error.message} The job {job_id} was accepted, and goes on.", f"GET {job_url(job_id)} tells of it."
+    )
+    return errors.answer(told, job_id=job_id, headers=job_headers(job_id))
+
+
+def job_headers(job_id: str) -> dict[str, str]:
+    """Where the job is that an answer tells of in other words than its record."""
+    return {"X-Omnirt-Job-Id": job_id, "Location": job_url(job_id)}
 
 
 def _accepted(job: StoredJob) -> Response:

@@ -17,7 +17,7 @@ MESSAGE_BYTES_MAX = 4_096
 PING_EVERY_S = 20
 SEND_TIMEOUT_S = 20
 BACKLOG_MAX = 32
-"""Messages that may wait to be answered; beyond it nothing is read until they are."""
+"""Messages that may wait to be answered; beyond it nothing is read until they are. One read may hold a few hundred."""
 
 
 class Bell(Event):
@@ -52,6 +52,7 @@ class FrameSocket:
         self._connection = connection
         self._sending = Lock()
         self._room = Event()
+        self._answering = True
         self.backlog: Callable[[], int] = lambda: 0
         connection.settimeout(SEND_TIMEOUT_S)
 
@@ -62,14 +63,19 @@ class FrameSocket:
         return len(frame)
 
     def recv(self, count: int) -> bytes:
-        """Receive, once what came before is answered."""
+        """Receive, once what came before is answered; the end, if it is not."""
         self._room.clear()
-        if self.backlog() > BACKLOG_MAX and not self._room.wait(SEND_TIMEOUT_S):
+        if self.backlog() > BACKLOG_MAX and not (self._answering and self._room.wait(SEND_TIMEOUT_S)):
             return b""
         return self._connection.recv(count)
 
     def make_room(self) -> None:
         """Tell the reader that the messages so far are answered."""
+        self._room.set()
+
+    def end_answers(self) -> None:
+        """Tell the reader that nothing is answered any more, so that it waits for nobody."""
+        self._answering = False
         self._room.set()
 
     def fileno(self) -> int:

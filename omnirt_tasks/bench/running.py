@@ -1,13 +1,12 @@
 """A system of the bench's own: embedded broker, worker and gateway as processes, gone with it."""
 
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from omnirt_tasks.settings import Settings, load_settings
-from omnirt_tasks.system import System
+from omnirt_tasks.system import System, hermetic_environment
 
 GRACE_S = 1.0
 
@@ -20,11 +19,9 @@ def running_system(queues: Sequence[str], **settings: object) -> Iterator[tuple[
     """
     with tempfile.TemporaryDirectory(prefix="omnirt-bench-", ignore_cleanup_errors=True) as folder:
         own = {"data_dir": f"{folder}/data", "run_dir": f"{folder}/run", "allow_stub": "true", **settings}
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("OMNIRT_")}
-        environment |= {f"OMNIRT_{name.upper()}": str(value) for name, value in own.items()}
         system = System(
             queues=queues,
-            environment=environment,
+            environment=hermetic_environment(**own),
             on_line=_ignore,
             worker_grace_s=GRACE_S,
             log_level="WARNING",

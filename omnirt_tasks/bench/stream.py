@@ -24,7 +24,7 @@ def measure(events: int) -> Iterator[int | Table]:
     seen: dict[int, float] = {}
     connected = Signal()
     with running_system(["cpu-stub-stub"]) as (system, settings), Client(system.url) as client:
-        redis = connect(settings)
+        redis = connect(settings.redis_url)
         store = RedisJobStore(redis, prefix=settings.key_prefix, job_ttl_s=settings.job_ttl_s)
         # Nobody serves the tag, so the job waits for this bench to be its worker.
         job = client.submit(requests.text2image(model="stub", prompt="a").model_copy(update={"tags": ["bench"]}))

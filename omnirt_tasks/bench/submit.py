@@ -24,6 +24,7 @@ from omnirt_tasks.bench.figures import MS_PER_S, Row, Table, percentile
 from omnirt_tasks.child_process import ChildProcess
 from omnirt_tasks.embedded import EmbeddedBroker
 from omnirt_tasks.errors import OperatorError
+from omnirt_tasks.graces import GATEWAY_GRACE_S, GATEWAY_MARGIN_S
 from omnirt_tasks.settings import Settings, load_settings
 
 BODY = json.dumps(
@@ -39,7 +40,6 @@ OURS, NAIVE, NAIVE_BARE = "ours", "naive", "naive-bare"
 PATHS = {OURS: "/v1/jobs", NAIVE: "/jobs", NAIVE_BARE: "/jobs"}
 WARM_UP_S = 1.0
 START_TIMEOUT_S = 60.0
-GRACE_S = 10.0
 QUEUE_LIMIT = 10_000_000
 LISTENING = "listening on "
 
@@ -150,7 +150,7 @@ def _running(kind: str, redis_url: str, folder: Path) -> Iterator[int]:
         kind,
         [sys.executable, "-c", f"from omnirt_tasks.bench.submit import serve; serve({kind!r})"],
         env=environment,
-        grace_s=GRACE_S,
+        grace_s=GATEWAY_GRACE_S + GATEWAY_MARGIN_S,
         on_line=read,
         on_exit=lambda _: listening.set(),
     )

@@ -1,7 +1,6 @@
 """`omnirt demo`: a picture from a real queue, over HTTP, with nothing left behind but the picture."""
 
 import importlib.util
-import os
 import secrets
 import tempfile
 import threading
@@ -24,7 +23,7 @@ from omnirt_tasks.contract import JobRecord
 from omnirt_tasks.errors import ConfigurationError
 from omnirt_tasks.registry import discover
 from omnirt_tasks.results import result_of
-from omnirt_tasks.system import System
+from omnirt_tasks.system import System, hermetic_environment
 
 MODEL = "shapes"
 QUEUE = "cpu-shapes"
@@ -74,11 +73,7 @@ def _draw(prompt: str, seed: int, output: Path, folder: Path, log: TextIO) -> tu
 
     console = Console(stderr=True)
     # Hermetic: what the environment says of another installation does not count here.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("OMNIRT_")} | {
-        "OMNIRT_DATA_DIR": str(folder / "data"),
-        "OMNIRT_RUN_DIR": str(folder / "run"),
-        "OMNIRT_GRACE_S": str(GRACE_S),
-    }
+    environment = hermetic_environment(data_dir=folder / "data", run_dir=folder / "run", grace_s=GRACE_S)
     system = System(queues=[QUEUE], environment=environment, worker_grace_s=WORKER_GRACE_S, cwd=folder, on_line=write)
     try:
         with _status(console, "starting a broker, a worker and the gateway"):

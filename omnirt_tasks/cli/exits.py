@@ -69,13 +69,11 @@ class ReportingGroup(click.Group):
 
 
 def tell(error: OmnirtError, *, as_json: bool) -> None:
-    """Write the error: code, message and hint, and each problem on a line of its own."""
-    click.echo(f"{click.style(error.code, fg='red')}: {error.message}", err=True)
+    """Write the error: its code and what it says, and each problem on a line of its own."""
+    click.echo(f"{click.style(error.code, fg='red')}: {error}", err=True)
     if len(error.details) > 1:
         for problem in error.details:
             click.echo(f"  {problem.loc}: {problem.message}", err=True)
-    if error.hint and error.hint not in error.message:
-        click.echo(f"  {error.hint}", err=True)
     if as_json:
         details = [problem.model_dump(mode="json") for problem in error.details]
         told = {"code": error.code, "message": error.message, "hint": error.hint, "details": details}

@@ -1,7 +1,6 @@
 """`omnirt generate` and `omnirt validate`: one request, over HTTP or in this process."""
 
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +21,7 @@ from omnirt_tasks.cli.progress import JobProgress
 from omnirt_tasks.contract import CancelOutcome, Event, GenerateRequest, JobRecord, JobState
 from omnirt_tasks.errors import OmnirtError, error_from
 from omnirt_tasks.local_files import data_url, with_files
+from omnirt_tasks.observability import logs
 from omnirt_tasks.results import result_of
 from omnirt_tasks.settings import load_settings
 
@@ -95,7 +95,8 @@ def generate(
         return
     from workers.engine import OmniEngine
 
-    logging.basicConfig(level=logging.INFO if verbose else logging.CRITICAL + 1)  # errors are told of in one line
+    # Unless the log is asked for, an error is told of in one line.
+    logs.configure(settings if verbose else settings.model_copy(update={"log_level": "CRITICAL"}))
     with OmniEngine(settings=settings) as engine:
         finish(_run(engine, with_files(request, data_url), timeout_s), output, copy_output, as_json=as_json)
 

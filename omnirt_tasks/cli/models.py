@@ -8,25 +8,26 @@ from rich.console import Console
 from rich.table import Table
 
 from omnirt_tasks.cli.options import client_for, json_option, url_option
-from omnirt_tasks.contract import Task
+from omnirt_tasks.contract import Task, Tier
 from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.settings import load_settings
 
 
 @click.command()
 @click.option("--task", type=click.Choice([task.value for task in Task]), help="Only models that do this.")
-@click.option("--tier", metavar="TIER", help="Only models of this tier.")
+@click.option("--tier", type=click.Choice([tier.value for tier in Tier]), help="Only models of this tier.")
 @url_option
 @json_option
 def models(task: str | None, tier: str | None, url: str | None, as_json: bool) -> None:
     """List the models: those of this installation, or of a gateway (--url, OMNIRT_URL)."""
     settings = load_settings()
     wanted = None if task is None else Task(task)
+    of_tier = None if tier is None else Tier(tier)
     if url is not None or settings.url is not None:
         with client_for(url, settings) as client:
-            found = client.models(task=wanted, tier=tier)
+            found = client.models(task=wanted, tier=of_tier)
     else:
-        found = _local_models(wanted, tier)
+        found = _local_models(wanted, of_tier)
     if as_json:
         click.echo(json.dumps(list(found)))
         return
@@ -40,7 +41,7 @@ def models(task: str | None, tier: str | None, url: str | None, as_json: bool) -
     Console().print(table)
 
 
-def _local_models(task: Task | None, tier: str | None) -> tuple[JsonObject, ...]:
+def _local_models(task: Task | None, tier: Tier | None) -> tuple[JsonObject, ...]:
     from omnirt_tasks.registry import discover
 
     return tuple(

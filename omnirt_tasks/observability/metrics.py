@@ -8,7 +8,7 @@ Both take the registry that they join; nothing is registered by importing this m
 """
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from wsgiref.simple_server import WSGIServer
 
@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from omnirt_tasks.contract import Priority
+from omnirt_tasks.contract import Priority, QueueReadiness
 from omnirt_tasks.errors import ConfigurationError, StoreUnavailable
 from omnirt_tasks.jobs.store import JobStore
 
@@ -70,8 +70,8 @@ STAGE_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
 # From a health check (1 ms) to a synchronous request that waits for its picture.
 HTTP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
-# Live workers by the full name of each queue that they serve.
-CountWorkers = Callable[[], dict[str, int]]
+# Every queue, by a name of a closed set: names without tags.
+Queues = Callable[[], Mapping[str, QueueReadiness]]
 
 
 class StoreCollector(Collector):
@@ -80,9 +80,9 @@ class StoreCollector(Collector):
     A store that does not answer is told by `omnirt_store_up` 0, and the metrics that need it are left out.
     """
 
-    def __init__(self, store: JobStore, count_workers: CountWorkers) -> None:
+    def __init__(self, store: JobStore, queues: Queues) -> None:
         self._store = store
-        self._count_workers = count_workers
+        self._queues = queues
 
     def describe(self) -> Iterable[Metric]:
         """The metrics without samples, so that joining a registry asks the store nothing."""
@@ -94,18 +94,17 @@ class StoreCollector(Collector):
         running, workers, up = _gauge(QUEUE_RUNNING), _gauge(QUEUE_WORKERS), _gauge(STORE_UP)
         try:
             counts = self._store.state_counts()
-            serving = self._count_workers()
-            depths = {queue: self._store.depth(queue) for queue in {*self._store.queues(), *serving}}
+            queues = self._queues()
         except StoreUnavailable:
             up.add_metric((), 0)
             return [jobs, depth, running, workers, up]
         up.add_metric((), 1)
         for (task, model, mode, state), count in sorted(counts.items()):
             jobs.add_metric((task, model, mode, state), count)
-        for queue, found in sorted(depths.items()):
+        for queue, found in sorted(queues.items()):
             depth.add_metric((queue, Priority.NORMAL.value), found.waiting)
             running.add_metric((queue,), found.running)
-            workers.add_metric((queue,), serving.get(queue, 0))
+            workers.add_metric((queue,), found.workers)
         return [jobs, depth, running, workers, up]
 
 

@@ -82,6 +82,22 @@ def test_what_ignores_sigterm_is_killed_after_its_grace(started: list[ChildProce
     eventually(lambda: is_gone(pid))
 
 
+def test_once_it_is_stopped_nothing_of_its_group_is_left(started: list[ChildProcess]) -> None:
+    # Hundreds of megabytes take the kernel a moment to take back; the output is nobody's, so its end tells nothing.
+    heavy = f"import mmap; held = mmap.mmap(-1, 300_000_000); held.write(bytes(300_000_000)); {SLEEPER}"
+    code = (
+        "import sys; from subprocess import DEVNULL, PIPE, Popen;"
+        f"left = Popen([sys.executable, '-c', {heavy!r}], stdout=PIPE, stderr=DEVNULL);"
+        "print(left.stdout.readline().decode(), end='', flush=True)"
+    )
+    child = ChildProcess("c", [sys.executable, "-W", "ignore", "-c", code])
+    started.append(child)
+
+    assert child.wait(20)
+
+    assert is_gone(int(first_line(child)))
+
+
 def test_what_the_command_started_itself_ends_with_it(started: list[ChildProcess]) -> None:
     code = (
         "import subprocess, sys;"
@@ -128,4 +144,5 @@ def test_it_ends_when_only_its_guard_is_killed(started: list[ChildProcess]) -> N
     os.kill(child.pid, signal.SIGKILL)
 
     assert child.wait(10)
+    assert child.exit_code == 128 + signal.SIGKILL
     eventually(lambda: is_gone(pid))

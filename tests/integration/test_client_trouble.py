@@ -95,6 +95,15 @@ def test_what_is_no_gateway_is_told_as_such(scripted: Callable[..., Client]) -> 
             scripted(answer(status, body)).submit(REQUEST)
 
 
+def test_a_gateway_that_is_not_ready_says_so_and_is_still_a_gateway(scripted: Callable[..., Client]) -> None:
+    away = {"ok": False, "job_store_backend": "redis", "remote_worker_count": 0, "queues": {}}
+
+    assert not scripted(answer(503, json.dumps(away))).ready().ok
+    for status, body in ((503, "<html>Bad gateway</html>"), (200, "{}"), (200, "<html>Hello</html>")):
+        with pytest.raises(GatewayUnreachable, match=f"answered {status}, and not as a gateway does"):
+            scripted(answer(status, body)).ready()
+
+
 def test_every_problem_of_the_envelope_is_kept(scripted: Callable[..., Client]) -> None:
     details = [
         {"loc": "config.width", "rule": "multiple_of", "message": "513"},

@@ -49,7 +49,11 @@ def test_the_openapi_document_holds_together(client: FlaskClient) -> None:
             for status, answer in operation["responses"].items():
                 if int(status) >= 400:
                     schema = answer["content"]["application/json"]["schema"]
-                    assert schema == {"$ref": "#/components/schemas/ErrorEnvelope"}
+                    told = "Readiness" if (path, status) == ("/readyz", "503") else "ErrorEnvelope"
+                    assert schema == {"$ref": f"#/components/schemas/{told}"}
+    watch = document["paths"]["/v1/jobs/{job_id}/stream"]["get"]
+    assert watch["operationId"] == "stream_job"
+    assert '{"action": "cancel"}' in watch["description"]
     submit = document["paths"]["/v1/jobs"]["post"]
     assert submit["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/GenerateRequest")
     assert {"202", "400", "401", "404", "413", "422", "429", "503"} <= submit["responses"].keys()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from omnirt_tasks.client import Client
 from omnirt_tasks.embedded import EmbeddedBroker
 from omnirt_tasks.settings import Settings
 from tests.support.gateway import QUEUE, REQUEST, Gateway, code_of, gateway_settings, running_gateway
@@ -42,6 +43,8 @@ def test_while_redis_is_away_nothing_is_said_to_be_done_and_it_heals_by_itself(
             broker.stop()
 
             assert state_of_readiness(gateway) == (503, False)
+            with Client(gateway.url) as client:
+                assert not client.ready().ok
             assert gateway.http.get("/healthz").json() == {"ok": True}
             for method, path in (
                 ("POST", "/v1/jobs"),

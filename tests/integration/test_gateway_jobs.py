@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from omnirt_tasks.contract import EventName, GenerateResult, JobRecord
+from tests.support.collector import Collector
 from tests.support.gateway import QUEUE, REQUEST, Gateway, code_of, gateway_settings, png, running_gateway
 from tests.support.waiting import eventually
 
@@ -222,6 +223,9 @@ def test_a_range_of_an_artifact_is_answered_alone(gateway: Gateway, picture: str
     assert gateway.http.get(picture, headers={"Range": "bytes=-5"}).content == whole[-5:]
     stale = gateway.http.get(picture, headers={"Range": "bytes=1-3", "If-Range": '"another"'})
     assert (stale.status_code, stale.content) == (200, whole)
+    for ignored in ({"Range": "lines=1-2"}, {"Range": "bytes=0-1,4-5"}, {"Range": "x"}, {"If-Match": '"another"'}):
+        answer = gateway.http.get(picture, headers=ignored)
+        assert (answer.status_code, answer.content) == (200, whole)
     beyond = gateway.http.get(picture, headers={"Range": "bytes=99999-"})
     assert (beyond.status_code, code_of(beyond)) == (416, "range_not_satisfiable")
     assert beyond.headers["Content-Range"] == f"bytes */{len(whole)}"
@@ -305,6 +309,59 @@ def test_readiness_tells_the_queues(gateway: Gateway) -> None:
     assert (ready["ok"], ready["job_store_backend"], ready["remote_worker_count"]) == (True, "redis", 1)
     assert ready["queues"][QUEUE]["workers"] == 1
     assert ready["queues"][QUEUE]["waiting"] >= 1
+
+
+def test_tags_are_told_neither_by_readiness_nor_by_metrics(redis_url: str, tmp_path: Any) -> None:
+    with running_gateway(gateway_settings(redis_url, tmp_path)) as gateway:
+        queues = (QUEUE, f"{QUEUE}+eu", f"{QUEUE}+gold", f"{QUEUE}+eu+gold")
+        gateway.worker.announce()
+        gateway.worker.announce("tagged", queues)
+        for tags in ([], ["eu"], ["gold", "eu"], ["nobody-has-it"]):
+            job_id = gateway.submit(tags=tags)
+        gateway.worker.claim(job_id)
+
+        ready = gateway.http.get("/readyz").json()
+        text = gateway.http.get("/metrics").text
+
+    assert ready["queues"] == {QUEUE: {"workers": 2, "waiting": 3, "running": 1}}
+    assert [line for line in text.splitlines() if "queue=" in line] == [
+        f'omnirt_queue_depth{{priority="normal",queue="{QUEUE}"}} 3.0',
+        f'omnirt_queue_running{{queue="{QUEUE}"}} 1.0',
+        f'omnirt_queue_workers{{queue="{QUEUE}"}} 2.0',
+    ]
+
+
+@pytest.mark.parametrize(("path", "headers"), [("/v1/generate", {}), ("/v1/jobs", {"Prefer": "wait=20"})])
+def test_who_waits_while_the_gateway_is_stopped_is_told_the_job_that_goes_on(
+    redis_url: str, tmp_path: Any, path: str, headers: dict[str, str], pool: ThreadPoolExecutor
+) -> None:
+    with running_gateway(gateway_settings(redis_url, tmp_path)) as gateway:
+        asked = pool.submit(httpx.post, f"{gateway.url}{path}", json=REQUEST, headers=headers, timeout=20)
+        job_id = submitted(gateway, set())
+        gateway.stop()
+        answer = asked.result(10)
+
+        assert (answer.status_code, code_of(answer)) == (503, "store_unavailable")
+        assert "goes on" in answer.json()["error"]["message"]
+        assert answer.json()["error"]["job_id"] == answer.headers["X-Omnirt-Job-Id"] == job_id
+        assert answer.headers["Location"] == f"/v1/jobs/{job_id}"
+        gateway.worker.run(job_id)
+        assert gateway.worker.store.get(job_id).record.finished
+
+
+def test_the_span_of_a_submit_reaches_the_collector_in_the_trace_of_its_job(redis_url: str, tmp_path: Any) -> None:
+    with (
+        Collector() as collector,
+        running_gateway(gateway_settings(redis_url, tmp_path, otlp_endpoint=collector.endpoint)) as gateway,
+    ):
+        job_id = gateway.submit()
+        trace_id = gateway.http.get(f"/v1/jobs/{job_id}").json()["trace_id"]
+        gateway.stop()
+        span = eventually(lambda: collector.spans.get("omnirt.submit"))
+
+    assert span is not None
+    assert span.trace_id.hex() == trace_id
+    assert set(collector.services) == {"omnirt-gateway"}
 
 
 def test_metrics_have_every_name_from_the_start_and_no_job_id(gateway: Gateway) -> None:

@@ -15,10 +15,13 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection
 
 from omnirt_tasks.contract import EventName
+from omnirt_tasks.jobs.store import EventDraft
 from tests.support.gateway import Gateway, Told, code_of, gateway_settings, running_gateway
 from tests.support.waiting import eventually
 
 WATCHERS = 300
+PING = b'{"action": "ping"}'
+MASK = bytes(4)  # a mask that changes nothing
 
 
 @pytest.fixture(scope="module")
@@ -332,6 +335,37 @@ def test_a_flood_of_messages_is_answered_one_by_one(gateway: Gateway) -> None:
         answers = [received(ws) for _ in range(2_000)]
         sender.join(10)
     assert {answer["event"] for answer in answers} == {"control_ack"}
+
+
+def pour(connection: socket.socket, content: bytes) -> None:
+    """Send all of it, however long that takes. Raises TimeoutError when nothing is taken for the socket's timeout."""
+    while content:
+        content = content[connection.send(content[:65_536]) :]
+
+
+def test_who_sends_and_never_reads_is_not_read_for_ever(gateway: Gateway) -> None:
+    job_id = gateway.submit()
+    lease = gateway.worker.claim(job_id)
+    preview = EventDraft(EventName.PREVIEW, "denoise", {"step": 1, "mime": "image/png", "data_b64": "x" * 20_000})
+    for _ in range(40):
+        assert gateway.worker.store.append(lease, [preview] * 10)
+    host, port = gateway.url.removeprefix("http://").split(":")
+    handshake = (
+        f"GET /v1/jobs/{job_id}/stream HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
+    pings = b"".join(bytes((0x81, 0x80 | len(PING), *MASK)) + PING for _ in range(100))
+    with socket.socket() as rude:
+        rude.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        rude.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
+        rude.settimeout(2)
+        rude.connect((host, int(port)))
+        rude.sendall(handshake.encode())
+        eventually(lambda: streams_open(gateway) == 1)
+        with pytest.raises(TimeoutError):
+            pour(rude, pings * 2_000)
+    eventually(lambda: streams_open(gateway) == 0)
+    gateway.http.delete(f"/v1/jobs/{job_id}")
 
 
 def test_streams_are_counted_and_one_too_many_is_refused(redis_url: str, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from omnirt_tasks.jobs.redis import RedisJobStore
 from omnirt_tasks.jobs.store import Cancelled, EventDraft, Failed, Lease, Outcome, Succeeded
 from omnirt_tasks.settings import Settings, load_settings
 from tests.support.processes import Processes
+from workers.attempts import gateway_address
 
 REQUEST: dict[str, Any] = {"task": "text2image", "model": "stub", "inputs": {"prompt": "a red circle"}}
 QUEUE = "cpu-stub-stub"
@@ -51,15 +52,15 @@ class ScriptedWorker:
     """Does with the store and the storage what a worker does, one call at a time. No torch, no Celery."""
 
     def __init__(self, settings: Settings) -> None:
-        self.redis: Any = connect_redis(settings)
+        self.redis: Any = connect_redis(settings.redis_url)
         self.store = RedisJobStore(self.redis, prefix=settings.key_prefix, job_ttl_s=settings.job_ttl_s)
         self.fleet = RedisFleet(self.redis, prefix=settings.key_prefix)
         self.artifacts = ArtifactStorage(settings.storage_url)
 
-    def announce(self, worker_id: str = "scripted") -> None:
-        """Say that a worker serves the stub's queue."""
+    def announce(self, worker_id: str = "scripted", queues: tuple[str, ...] = (QUEUE,)) -> None:
+        """Say that a worker serves the stub's queues."""
         told = WorkerCapability(
-            worker_id=worker_id, backend="cpu-stub", device="cpu:0", queues=(QUEUE,), models=("stub",)
+            worker_id=worker_id, backend="cpu-stub", device="cpu:0", queues=queues, models=("stub",)
         )
         self.fleet.publish(told, ttl_ms=LEASE_MS)
 
@@ -86,12 +87,14 @@ class ScriptedWorker:
             for path in paths:
                 path.write_bytes(made[path.name])
             self.artifacts.publish(lease.job_id, lease.attempt, paths)
+        addresses = {name: gateway_address(lease, name) for name in made}
         outputs = tuple(
             Artifact(
                 kind=ArtifactKind.IMAGE,
                 name=name,
                 index=index,
-                path=f"/somewhere/on/the/worker/{name}",
+                path=addresses[name][0],
+                url=addresses[name][1],
                 mime=mime,
                 width=8,
                 height=8,

@@ -12,12 +12,13 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from omnirt_tasks.child_process import ChildProcess
+from omnirt_tasks.graces import GATEWAY_GRACE_S, GATEWAY_MARGIN_S
 from omnirt_tasks.settings import PREFIX, Settings
 from tests.support.waiting import eventually
 
 PROJECT = Path(__file__).resolve().parents[2]
 READY_TIMEOUT_S = 45.0  # a worker on a busy machine imports for a while
-STOP_GRACE_S = 10.0
+STOP_GRACE_S = GATEWAY_GRACE_S + GATEWAY_MARGIN_S
 
 
 def environment(settings: Settings, **extra: str) -> dict[str, str]:

@@ -1,5 +1,7 @@
 """GET an artifact: its bytes, whole or a range of them."""
 
+from typing import Any
+
 from flask import Blueprint, Response, request
 from werkzeug.wsgi import wrap_file
 
@@ -59,11 +61,24 @@ def fetch_artifact(job_id: str, name: str) -> Response:
     response.headers["Content-Security-Policy"] = "default-src 'none'; sandbox"
     response.headers["Cache-Control"] = "private, no-cache"
     try:
-        response.make_conditional(request, accept_ranges=True, complete_length=size_bytes)
+        response.make_conditional(_understood_conditions(), accept_ranges=True, complete_length=size_bytes)
     except BaseException:
         response.close()  # a range that does not fit answers without this response
         raise
     return response
+
+
+def _understood_conditions() -> dict[str, Any]:
+    """The request as it stands without what is not answered here.
+
+    An artifact never changes, so preconditions for changing it mean nothing; a range that is not one range of bytes is
+    ignored, as RFC 9110 (14.2) has it.
+    """
+    ignored = {"HTTP_IF_MATCH", "HTTP_IF_UNMODIFIED_SINCE"}
+    asked = request.range
+    if asked is None or asked.units != "bytes" or len(asked.ranges) != 1:
+        ignored.add("HTTP_RANGE")
+    return {name: value for name, value in request.environ.items() if name not in ignored}
 
 
 def _named(outputs: tuple[Artifact, ...], name: str) -> Artifact | None:

@@ -4,50 +4,32 @@ from flask import Blueprint, Response
 
 from omnirt_tasks.contract import GenerateRequest, GenerateResult, JobRecord
 from omnirt_tasks.errors import (
-    BackendUnsupported,
-    InsufficientMemory,
-    InvalidJson,
     JobCancelled,
     JobError,
     JobTimeout,
     ModelFailed,
-    ModelNotFound,
-    ModelTierDisabled,
     NonFiniteOutput,
     OutOfMemory,
-    QueueFull,
-    StorageError,
     StoreUnavailable,
-    StubDisabled,
-    TooLarge,
-    TooManyStreams,
-    UploadNotFound,
-    ValidationFailed,
     WorkerLost,
 )
 from omnirt_tasks.jobs.watch import wait_finished
 from omnirt_tasks.results import result_of
 from web import errors
-from web.answers import job_url, json_answer, result_over_http
+from web.answers import job_url, json_answer
 from web.auth import current_owner
 from web.operations import documented
 from web.services import services
-from web.submitting import PREFER, read_request, submit, submit_asynchronously
-
-SUBMIT_ERRORS = (
-    InvalidJson,
-    ValidationFailed,
-    BackendUnsupported,
-    InsufficientMemory,
-    ModelNotFound,
-    UploadNotFound,
-    ModelTierDisabled,
-    StubDisabled,
-    TooLarge,
-    QueueFull,
-    TooManyStreams,
-    StorageError,
+from web.submitting import (
+    PREFER,
+    SUBMIT_ERRORS,
+    job_headers,
+    read_request,
+    submit,
+    submit_asynchronously,
+    unwatched,
 )
+
 JOB_ERRORS = (JobCancelled, ModelFailed, NonFiniteOutput, OutOfMemory, WorkerLost, JobTimeout)
 
 blueprint = Blueprint("generate", __name__)
@@ -69,11 +51,11 @@ def generate() -> Response:
     parts = services()
     with parts.waits.held(current_owner()):
         job_id = submit(wanted).record.id
-        headers = {"X-Omnirt-Job-Id": job_id, "Location": job_url(job_id)}
         try:
             over = wait_finished(parts.store, parts.feed, job_id, timeout_s=parts.settings.sync_timeout_s)
-        except StoreUnavailable as error:  # the job was accepted, and its id must not be lost with the connection
-            return errors.answer(error, job_id=job_id, headers=headers)
+        except StoreUnavailable as error:
+            return unwatched(job_id, error)
+    headers = job_headers(job_id)
     if over is None:
         limit_s = parts.settings.sync_timeout_s
         late = JobTimeout(f"The job is not over after {limit_s:g} s; it goes on.", f"GET {job_url(job_id)} tells.")
@@ -83,4 +65,4 @@ def generate() -> Response:
     except JobError as failure:
         return errors.answer(failure, job_id=job_id, headers=headers)
     del headers["Location"]
-    return json_answer(result_over_http(job_id, result), headers=headers)
+    return json_answer(result, headers=headers)

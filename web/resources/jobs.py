@@ -13,9 +13,8 @@ from web.answers import json_answer, own_job, record_of
 from web.auth import current_owner
 from web.operations import Parameter, documented
 from web.queries import Query
-from web.resources.generate import SUBMIT_ERRORS
 from web.services import services
-from web.submitting import PREFER, read_request, submit_asynchronously
+from web.submitting import PREFER, SUBMIT_ERRORS, read_request, submit_asynchronously
 
 LIMIT_DEFAULT = 20
 LIMIT_MAX = 100

@@ -5,7 +5,7 @@ from typing import Literal
 from flask import Blueprint, Response
 from pydantic import JsonValue
 
-from omnirt_tasks.contract import Backend, Task
+from omnirt_tasks.contract import Backend, Task, Tier
 from omnirt_tasks.contract.base import Answer
 from omnirt_tasks.errors import ModelNotFound, ValidationFailed
 from omnirt_tasks.registry import ModelSpec, Option
@@ -14,10 +14,9 @@ from web.operations import Parameter, documented
 from web.queries import Query
 from web.services import services
 
-TIERS = ("core", "adjacent", "experimental")
 LIST_PARAMETERS = (
     Parameter("task", "Only models of this task.", {"type": "string", "enum": list(Task)}),
-    Parameter("tier", "Only models of this tier.", {"type": "string", "enum": list(TIERS)}),
+    Parameter("tier", "Only models of this tier.", {"type": "string", "enum": list(Tier)}),
 )
 
 blueprint = Blueprint("models", __name__)
@@ -51,7 +50,7 @@ class ModelList(Answer):
 def list_models() -> Response:
     """One entry per id."""
     query = Query(LIST_PARAMETERS)
-    task, tier = query.choice("task", Task), query.one_of("tier", TIERS)
+    task, tier = query.choice("task", Task), query.choice("tier", Tier)
     query.check()
     return json_answer(ModelList(data=tuple(map(_shown, services().catalog.having(task=task, tier=tier)))))
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -21,7 +20,7 @@ from omnirt_tasks.errors import (
     Unauthorized,
     ValidationFailed,
 )
-from omnirt_tasks.jobs.store import EventFeed, Subscription
+from omnirt_tasks.jobs.store import EventSource, Subscription
 from omnirt_tasks.jobs.watch import watch
 from omnirt_tasks.validation import parse_json
 from web.answers import own_job
@@ -53,10 +52,15 @@ def _own_the_socket() -> None:
     {101: None},
     errors=(OriginRefused,),
     parameters=(Parameter("after", "Only events with a greater seq.", {"type": "integer", "minimum": 0}),),
+    description=(
+        'Each message is an event as JSON. Takes `{"action": "cancel"}`, `{"action": "resume", "after": N}` and '
+        '`{"action": "ping"}`; browsers send the key as the subprotocol pair `omnirt`, `key.KEY`.'
+    ),
 )
 def stream_job(ws: Server, job_id: str) -> None:
     """Send each event as JSON; answer each message; close 1000 after the terminal event."""
     parts = services()
+    ws.sock.backlog = lambda: len(ws.input_buffer)
     try:
         code, why = _hold(ws, parts, job_id)
         ws.close(code, why[:CLOSE_REASON_BYTES])
@@ -66,6 +70,7 @@ def stream_job(ws: Server, job_id: str) -> None:
         log.info("a watcher was too slow, and is dropped: %s", error, extra={"job_id": job_id})
     finally:
         # The client's own close ends the reader; one that sends none is not waited for, here or by the server.
+        ws.sock.end_answers()
         ws.thread.join(CLOSE_TIMEOUT_S)
         ws.sock.close()
 
@@ -91,26 +96,18 @@ class _Action:
 
 
 class _TappedFeed:
-    """A feed that keeps the subscription it gave, so that the bell can wake whoever waits on it."""
+    """Live events that the bell interrupts: it wakes whoever waits for the next one."""
 
-    def __init__(self, feed: EventFeed, bell: Bell) -> None:
+    def __init__(self, feed: EventSource, bell: Bell) -> None:
         self._feed = feed
         self._bell = bell
 
     def subscribe(self, job_id: str) -> Subscription:
-        """See EventFeed."""
+        """See EventSource."""
         subscription = self._feed.subscribe(job_id)
         self._bell.ring = subscription.wake
         subscription.wake()  # for what came before there was anybody to wake
         return subscription
-
-    def on_cancel(self, callback: Callable[[str], None]) -> None:
-        """See EventFeed."""
-        self._feed.on_cancel(callback)
-
-    def close(self) -> None:
-        """See EventFeed."""
-        self._feed.close()
 
 
 class _Conversation:

@@ -1,15 +1,15 @@
 """The metrics that dashboards rely on."""
 
 import urllib.request
-from collections.abc import Sequence
 from typing import cast
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from omnirt_tasks.contract import QueueReadiness
 from omnirt_tasks.errors import ConfigurationError, StoreUnavailable
-from omnirt_tasks.jobs.store import JobStore, QueueDepth
+from omnirt_tasks.jobs.store import JobStore
 from omnirt_tasks.observability import metrics
 from omnirt_tasks.observability.metrics import DeviceMetrics, GatewayMetrics, MetricsServer, StoreCollector
 
@@ -19,17 +19,11 @@ Counts = dict[tuple[str, str, str, str], int]
 class Store:
     """The part of a job store that the collector asks."""
 
-    def __init__(self, counts: Counts, depths: dict[str, QueueDepth]) -> None:
-        self._counts, self._depths = counts, depths
+    def __init__(self, counts: Counts) -> None:
+        self._counts = counts
 
     def state_counts(self) -> Counts:
         return self._counts
-
-    def queues(self) -> Sequence[str]:
-        return sorted(self._depths)
-
-    def depth(self, queue: str) -> QueueDepth:
-        return self._depths.get(queue, QueueDepth(0, 0))
 
 
 class Away(Store):
@@ -37,11 +31,11 @@ class Away(Store):
         raise StoreUnavailable("Redis does not answer.")
 
 
-def gateway_text(store: Store, serving: dict[str, int]) -> str:
+def gateway_text(store: Store, queues: dict[str, QueueReadiness]) -> str:
     registry = CollectorRegistry()
     DeviceMetrics(registry)
     GatewayMetrics(registry, count_streams=lambda: 0)
-    registry.register(StoreCollector(cast(JobStore, store), lambda: serving))
+    registry.register(StoreCollector(cast(JobStore, store), lambda: queues))
     return generate_latest(registry).decode()
 
 
@@ -60,7 +54,7 @@ def test_no_metric_has_a_job_as_a_label() -> None:
 
 
 def test_every_metric_is_declared_before_anything_has_happened() -> None:
-    text = gateway_text(Store({}, {}), {})
+    text = gateway_text(Store({}), {})
 
     for metric in metrics.ALL:
         assert f"# TYPE {metric.name} " in text
@@ -70,10 +64,15 @@ def test_every_metric_is_declared_before_anything_has_happened() -> None:
 def test_a_scrape_tells_what_the_store_knows() -> None:
     store = Store(
         {("text2image", "shapes", "unknown", "queued"): 3, ("text2image", "shapes", "modular", "succeeded"): 2},
-        {"cpu-shapes": QueueDepth(waiting=1, running=2)},
     )
 
-    text = gateway_text(store, {"cpu-shapes": 1, "cuda-sdxl": 4})
+    text = gateway_text(
+        store,
+        {
+            "cpu-shapes": QueueReadiness(workers=1, waiting=1, running=2),
+            "cuda-sdxl": QueueReadiness(workers=4, waiting=0, running=0),
+        },
+    )
 
     samples = {
         (s.name, *sorted(s.labels.items())): s.value for f in text_string_to_metric_families(text) for s in f.samples
@@ -89,7 +88,7 @@ def test_a_scrape_tells_what_the_store_knows() -> None:
 
 
 def test_a_scrape_without_a_store_answers_and_says_so() -> None:
-    text = gateway_text(Away({}, {}), {})
+    text = gateway_text(Away({}), {})
 
     assert "\nomnirt_store_up 0.0\n" in text
     assert "\nomnirt_jobs_total{" not in text

@@ -3,65 +3,22 @@
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from omnirt_tasks.observability import tracing
 from omnirt_tasks.settings import Settings
+from tests.support.collector import Collector
 
 TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 GIVEN = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
-class Collector:
-    """A trace collector that keeps what it gets."""
-
-    def __init__(self) -> None:
-        self.services: list[str] = []
-        self.spans: dict[str, Span] = {}
-        collector = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                assert self.path == "/v1/traces"
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                if self.headers.get("Content-Encoding") == "gzip":
-                    import gzip
-
-                    body = gzip.decompress(body)
-                collector.keep(ExportTraceServiceRequest.FromString(body))
-                self.send_response(200)
-                self.end_headers()
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = HTTPServer(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever)
-        self._thread.start()
-        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
-
-    def keep(self, sent: ExportTraceServiceRequest) -> None:
-        for resource in sent.resource_spans:
-            self.services += [a.value.string_value for a in resource.resource.attributes if a.key == "service.name"]
-            self.spans |= {span.name: span for scope in resource.scope_spans for span in scope.spans}
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-
 @pytest.fixture
 def collector() -> Iterator[Collector]:
-    running = Collector()
-    yield running
-    running.close()
+    with Collector() as running:
+        yield running
 
 
 def test_every_job_gets_a_trace_of_its_own_without_any_collector() -> None:
