@@ -102,6 +102,7 @@ class Settings(BaseSettings):
     cpu_devices: Count = 1
     """How many workers the CPU of this host may serve."""
     torch_threads: Count | None = None
+    """Threads of torch on a CPU; by default one less than the host has cores."""
     pipeline_cache_size: Count = 2
     preview_every_steps: Annotated[int, Field(ge=0)] = 5
     heartbeat_s: Seconds = 2
