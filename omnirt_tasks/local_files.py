@@ -5,10 +5,9 @@ import mimetypes
 from collections.abc import Callable
 from pathlib import Path
 
-from omnirt_tasks.contract import GenerateRequest, Problem
+from omnirt_tasks.contract import MEDIA_INPUTS, GenerateRequest, Problem
 from omnirt_tasks.errors import ValidationFailed
 
-FILE_INPUTS = ("image", "mask", "audio")
 _REFERENCES = ("data:", "upload:", "artifact:", "http:", "https:")  # URLs too: it is not for us to refuse them
 
 
@@ -18,7 +17,7 @@ def with_files(request: GenerateRequest, put: Callable[[Path], str]) -> Generate
     Raises ValidationFailed, naming the input, when there is no such file.
     """
     inputs = dict(request.inputs)
-    for name in FILE_INPUTS:
+    for name in MEDIA_INPUTS:
         value = inputs.get(name)
         if not isinstance(value, str) or value.startswith(_REFERENCES):
             continue

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from omnirt_tasks.contract import JobRecord
 from omnirt_tasks.contract.base import JsonObject
+from omnirt_tasks.jobs.effects import unknown_job
 from omnirt_tasks.jobs.store import StoredJob
 from web.services import services
 
@@ -35,7 +36,7 @@ def own_job(job_id: str, owner: str) -> StoredJob:
     """The owner's job. Raises JobNotFound, for another owner's too, in the same words."""
     job = services().store.get(job_id)
     if job.owner != owner:
-        raise services().missing_job(job_id)
+        raise unknown_job(job_id)
     return job
 
 

@@ -118,7 +118,7 @@ class GatewayWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no type
         parts = self.wsgi.extensions.get(EXTENSION) if isinstance(self.wsgi, Flask) else None
         if isinstance(parts, Services):
             # A signal handler must not wait, and this does, for the threads that it ends.
-            threading.Thread(target=parts.close, name="omnirt-closing", daemon=True).start()
+            threading.Thread(target=parts.leave, name="omnirt-leaving", daemon=True).start()
 
 
 class GatewayLogger(Logger):  # type: ignore[misc]  # gunicorn has no types

@@ -12,7 +12,6 @@ from flask import current_app
 from omnirt_tasks.artifacts import ArtifactStorage
 from omnirt_tasks.celery_app import make_app
 from omnirt_tasks.contract import QueueReadiness, QueueStatus
-from omnirt_tasks.errors import JobNotFound
 from omnirt_tasks.jobs.fleet import LiveWorkers
 from omnirt_tasks.jobs.reconciler import Reconciler
 from omnirt_tasks.jobs.store import EventFeed, JobStore, QueueDepth, StoredJob
@@ -58,11 +57,15 @@ class Services:
         """Start the threads that work beside requests. Call it once, in the process that serves."""
         self.reconciler.start()
 
-    def close(self) -> None:
-        """End every stream, and stop the threads. Idempotent."""
+    def leave(self) -> None:
+        """End every stream, and stop the threads; requests in hand still reach the store. Idempotent."""
         self.feed.close()
         self.reconciler.close()
         self.tracing.close()
+
+    def close(self) -> None:
+        """Leave, and close the connections, which no request may be using then. Idempotent."""
+        self.leave()
         self.stores.close()
 
     def queues(self) -> dict[str, QueueReadiness]:
@@ -86,11 +89,6 @@ class Services:
         workers = sum(job.queue in worker.queues and model in worker.models for worker in self.fleet.live())
         position = self.store.position(job.record.id) if job.position is None else job.position
         return QueueStatus(name=job.queue, workers=workers, position=position)
-
-    @staticmethod
-    def missing_job(job_id: str) -> JobNotFound:
-        """What is said of a job that is not there, or not the caller's."""
-        return JobNotFound(f"There is no job {job_id[:64]!r}.", "It may have expired, or been purged.")
 
 
 def services() -> Services:

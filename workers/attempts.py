@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from omnirt_tasks.artifacts import ArtifactStorage
-from omnirt_tasks.contract import ErrorInfo, EventName, ExecutionMode, JobState
+from omnirt_tasks.contract import MEDIA_INPUTS, ErrorInfo, EventName, ExecutionMode, JobState
 from omnirt_tasks.errors import (
     ArtifactNotFound,
     Internal,
@@ -58,7 +58,6 @@ from workers.runs import Run
 
 logger = logging.getLogger(__name__)
 
-FILE_INPUTS = ("image", "mask", "audio")
 GIVE_BACK_REASON = "worker_leaving"
 ABANDON_AFTER_S = 5.0
 STORE_PATIENCE_S = 300.0
@@ -241,7 +240,7 @@ class AttemptRunner:
         outputs, inputs = folder / "outputs", folder / "inputs"
         outputs.mkdir()
         inputs.mkdir()
-        given = {name: getattr(run.job.resolved.inputs, name) for name in FILE_INPUTS}
+        given = {name: getattr(run.job.resolved.inputs, name) for name in MEDIA_INPUTS}
         files: dict[str, Path] = {}
         for name, reference in given.items():
             if reference is not None:

@@ -17,13 +17,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """The outcome of one bench; `note` says how it was measured, `ratio` is the figure that a bar is set on."""
+    """The outcome of one bench; `note` says how it was measured."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
     note: str
-    ratio: float | None = None
 
     def markdown(self) -> str:
         """The table as docs/performance.md holds it."""

@@ -95,5 +95,4 @@ def _table(queued: list[Times], plain: list[float], torch_threads: int) -> Table
             f"{len(plain)} of each in turn, shapes, {STEPS} steps, {torch_threads} torch thread(s) in each process. "
             "The job's time runs from the client's POST to the terminal event on its SSE stream, picture stored."
         ),
-        ratio=percentile(plain, 50) / percentile(results, 50),
     )

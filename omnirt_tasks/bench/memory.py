@@ -45,7 +45,6 @@ def measure(jobs: int) -> Iterator[int | Table]:
             for role in sorted(first)
         ),
         note="Resident memory (the sum of a role's processes). The first share warms up; finished jobs are purged.",
-        ratio=max(last[role] / first[role] for role in first),
     )
 
 

@@ -194,5 +194,4 @@ def _table(found: dict[str, list[Load]], rounds: int, seconds: float, clients: i
             f"POST /v1/jobs with validation and record, against Flask + apply_async; {rounds} rounds of {seconds:g} s "
             f"each in turn, {clients} clients with kept-alive connections. The ratio is the median over the rounds."
         ),
-        ratio=ratio(NAIVE),
     )

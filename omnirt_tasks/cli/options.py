@@ -8,7 +8,7 @@ import click
 
 from omnirt_tasks.cli.exits import JSON_WANTED
 from omnirt_tasks.client import Client
-from omnirt_tasks.contract import Backend, GenerateRequest, Task
+from omnirt_tasks.contract import AUTO, Backend, GenerateRequest, Task
 from omnirt_tasks.settings import Settings, load_settings
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -78,8 +78,8 @@ _REQUEST_OPTIONS = (
     ),
     click.option(
         "--backend",
-        type=click.Choice(["auto", *(backend.value for backend in Backend)]),
-        default="auto",
+        type=click.Choice([AUTO, *(backend.value for backend in Backend)]),
+        default=AUTO,
         show_default=True,
     ),
     click.option("--tag", "tags", multiple=True, metavar="TAG", help="A tag that the worker must have; repeatable."),

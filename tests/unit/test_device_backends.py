@@ -1,9 +1,14 @@
 """Each backend's driver finds its devices, and does no harm where there are none."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from omnirt_tasks.errors import ConfigurationError
 from workers.backends import driver
+from workers.backends.cpu import OPENMP_SPINS
 
 
 def test_the_cpu_is_one_device_under_the_name_asked_for() -> None:
@@ -31,6 +36,20 @@ def test_the_guard_of_a_real_backend_switches_gradients_off_in_its_thread() -> N
     with driver("cpu", torch_threads=torch.get_num_threads()).guard():
         assert not torch.is_grad_enabled()
     assert torch.is_grad_enabled()
+
+
+def test_a_cpu_worker_leaves_a_core_free_and_its_threads_do_not_starve_each_other() -> None:
+    # In a process of its own: OpenMP reads its variable once, when torch loads it.
+    script = (
+        "import os; from workers.backends import driver\n"
+        "with driver('cpu').guard():\n"
+        "    import torch; print(os.environ['GOMP_SPINCOUNT'], torch.get_num_threads())"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_"))}
+
+    told = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+
+    assert told.stdout.split() == [OPENMP_SPINS, str(max((os.cpu_count() or 1) - 1, 1))]
 
 
 @pytest.mark.parametrize("name", ["cuda", "cpu"])
