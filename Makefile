@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 SETTINGS := $(TORCH) $(PYTHON)
 STAMP := $(VENV)/.setup-done
 PYTEST_ARGS ?=
-EXTRAS := worker,embedded,flower,otel,bench,dev
+EXTRAS := worker,speech,embedded,flower,otel,bench,dev
 
 # One pip and one uv that were tried with the constraints.
 PIP_PIN := pip==26.3

@@ -7,6 +7,7 @@ mount them, so that no password stands in an environment.
 
 import os
 import tempfile
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -29,6 +30,14 @@ SECRETS_VARIABLE = "OMNIRT_SECRETS_DIR"
 
 Seconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+
+
+class Placement(StrEnum):
+    """Where the device side of a worker lives."""
+
+    AUTO = "auto"  # a process for every real backend, a thread for the stub
+    PROCESS = "process"
+    THREAD = "thread"
 
 
 def _default_data_dir() -> Path:
@@ -103,7 +112,20 @@ class Settings(BaseSettings):
     """How many workers the CPU of this host may serve."""
     torch_threads: Count | None = None
     """Threads of torch on a CPU; by default one less than the host has cores."""
+    placement: Placement = Placement.AUTO
+    """Where the device side lives: in a child process, in a thread of the worker, or as the backend is best served."""
     pipeline_cache_size: Count = 2
+    """Loaded models that a worker keeps, where its memory holds them."""
+    memory_budget_bytes: Count | None = None
+    """What models and runs may take of the device's memory together; nine tenths of it by default."""
+    warm_up: tuple[str, ...] = ()
+    """Models that a worker loads before it takes jobs. As a variable: a JSON list."""
+    recycle_after_jobs: Annotated[int, Field(ge=0)] = 0
+    """The device's process is replaced after so many jobs, once none runs; 0 is never."""
+    recycle_above_bytes: Annotated[int, Field(ge=0)] = 0
+    """The device's process is replaced, once none of its jobs runs, when it holds more host memory; 0 is never."""
+    stop_patience_s: Seconds = 60
+    """How long a cancelled job may take to end its device call before the device's process is ended by force."""
     preview_every_steps: Annotated[int, Field(ge=0)] = 5
     heartbeat_s: Seconds = 2
     grace_s: Seconds = 30

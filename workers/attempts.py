@@ -48,6 +48,7 @@ from workers.host import (
     InterruptReason,
     RunFailed,
     RunInterrupted,
+    RunLost,
     RunOrder,
     RunOutcome,
     RunSucceeded,
@@ -59,6 +60,7 @@ from workers.runs import Run
 logger = logging.getLogger(__name__)
 
 GIVE_BACK_REASON = "worker_leaving"
+DEVICE_LOST_REASON = "device_lost"
 ABANDON_AFTER_S = 5.0
 STORE_PATIENCE_S = 300.0
 LEAVING_PATIENCE_S = 10.0
@@ -289,10 +291,13 @@ class AttemptRunner:
                 return self._succeed(run, outcome, folder / "outputs", buffer)
             case RunFailed(error):
                 return self._settle(run, buffer, lambda: Failed(error))
+            case RunLost(detail):
+                logger.warning("Job %s goes back to its queue: %s", run.lease.job_id, detail)
+                return self._give_back(run, buffer, DEVICE_LOST_REASON)
             case RunInterrupted(InterruptReason.LEASE_LOST):
                 return self._now(run)  # another attempt has the job: nothing of this one counts
             case RunInterrupted(InterruptReason.GIVE_BACK):
-                return self._give_back(run, buffer)
+                return self._give_back(run, buffer, GIVE_BACK_REASON)
             case RunInterrupted(InterruptReason.TIMEOUT):
                 message = f"The job ran longer than the limit of {self._job_timeout_s:g} s."
                 return self._settle(run, buffer, lambda: Failed(JobTimeout(message, "Ask for less work.").info()))
@@ -336,11 +341,11 @@ class AttemptRunner:
 
         return self._patiently(commit, "committed")
 
-    def _give_back(self, run: Run, buffer: EventBuffer) -> StoredJob | None:
+    def _give_back(self, run: Run, buffer: EventBuffer, reason: str) -> StoredJob | None:
         def give_back() -> StoredJob | None:
             buffer.drain(DRAIN_TRY_S)
             with contextlib.suppress(JobNotFound):
-                self._store.give_back(run.lease, reason=GIVE_BACK_REASON)
+                self._store.give_back(run.lease, reason=reason)
                 return self._store.get(run.lease.job_id)
             return None
 

@@ -9,7 +9,7 @@ import base64
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -121,6 +121,25 @@ class JobContext:
             self.interrupt(InterruptReason.GIVE_BACK)
             raise Interrupted(self._reason or InterruptReason.GIVE_BACK) from None
 
+    @contextmanager
+    def device_held(self) -> Iterator[None]:
+        """Have the device for this job alone while inside, once its turn comes. Raises Interrupted while it waits."""
+        self.check()
+        try:
+            hold = self.device.hold()
+        except DeviceClosed:
+            self.interrupt(InterruptReason.GIVE_BACK)
+            raise Interrupted(self._reason or InterruptReason.GIVE_BACK) from None
+        try:
+            with self.woken_by(hold.release):
+                wait([hold.mine])
+            if hold.mine.cancelled():  # the device is closing, or the run is to stop
+                self.interrupt(InterruptReason.GIVE_BACK)
+            self.check()
+            yield
+        finally:
+            hold.release()
+
     # What happened
 
     def stage(self, name: str) -> None:
@@ -158,6 +177,11 @@ class JobContext:
         if timestep is not None:
             data["timestep"] = timestep
         self.emit(EventName.STAGE_PROGRESS, self._stage or "denoise", data)
+
+    def loaded_part(self, part: str, done: int, total: int) -> None:
+        """Say that a part of the model is loaded, `done` of `total`. Raises Interrupted if the run is to stop."""
+        self.check()
+        self.emit(EventName.STAGE_PROGRESS, "load", {"step": done, "total": total, "part": part})
 
     def wants_preview(self, step: int, total: int) -> bool:
         """Whether this step is to be followed by a preview; the last one is not, the picture itself comes next."""

@@ -68,6 +68,10 @@ class DeviceThread:
             self._calls.put((call, future))
         return future
 
+    def hold(self) -> "Hold":
+        """Ask for the device for longer than a call; see Hold. Raises DeviceClosed after `close`."""
+        return Hold(self)
+
     @property
     def alive(self) -> bool:
         """Whether calls are taken."""
@@ -144,3 +148,36 @@ class DeviceThread:
                 if entry is not None and entry[1].set_running_or_notify_cancel():
                     entry[1].set_exception(DeviceClosed("The device has been let go."))
         self._calls.put(None)  # for the thread, should its call ever return
+
+
+class Hold:
+    """The device for one job: no other call is made between the hold's turn and its `release`.
+
+    It waits in the line of calls like any of them. For models that run elsewhere (processes of their own), or that
+    change what others share.
+    """
+
+    def __init__(self, device: DeviceThread) -> None:
+        self._released = threading.Event()
+        self._mine: Future[None] = Future()
+        self._queued = device.submit(DeviceCall(self, self._wait, (device.closing,)))
+        self._queued.add_done_callback(self._end)
+
+    @property
+    def mine(self) -> "Future[None]":
+        """Done once the device is held; cancelled when it never will be."""
+        return self._mine
+
+    def release(self) -> None:
+        """Let the next call begin, or leave the line. Idempotent."""
+        self._released.set()
+        self._queued.cancel()
+
+    def _wait(self, closing: threading.Event) -> None:
+        self._mine.set_result(None)
+        while not self._released.wait(0.1):
+            if closing.is_set():
+                return
+
+    def _end(self, _queued: "Future[Any]") -> None:
+        self._mine.cancel()

@@ -3,19 +3,41 @@
     submit(order) ─► events… ─► Future[RunOutcome]
     interrupt(job) lands at the job's next device call; capability and health answer at any time
 
-Placement `thread` lives in the caller's process (`workers.thread_host`). Whatever the placement, a host knows
-nothing of Celery, Redis or HTTP: it gets an order, tells what happens, and leaves files in the order's folder.
+Placement `thread` lives in the caller's process (`workers.thread_host`), placement `process` in a child that may die
+(`workers.process_host`). Whatever the placement, a host knows nothing of Celery, Redis or HTTP: it gets an order, tells
+what happens, and leaves files in the order's folder.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
-from omnirt_tasks.contract import ArtifactKind, ErrorInfo, EventName, ExecutionMode, ResolvedRequest
+from omnirt_tasks.contract import ArtifactKind, ErrorInfo, EventName, ExecutionMode, ModelAbility, ResolvedRequest
 from omnirt_tasks.contract.base import JsonObject
+
+
+@dataclass(frozen=True)
+class HostConfig:
+    """What a host is made from, wherever it lives: plain values, so that they cross a process boundary.
+
+    `models` are the ids that it serves and can run, `folders` where their weights lie (by id; some have none).
+    `cache_size` is the most models kept loaded, `memory_budget_bytes` the most memory that models and runs may take
+    together (None: nine tenths of the device's), `concurrency` the most runs it is to be given at once. `warm_up` are
+    models that are loaded before the host is ready.
+    """
+
+    backend: str
+    device: str
+    models: tuple[str, ...]
+    folders: dict[str, Path]
+    cache_size: int
+    concurrency: int
+    torch_threads: int | None = None
+    memory_budget_bytes: int | None = None
+    warm_up: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,6 +96,7 @@ class RunFacts:
     timings_ms: dict[str, float]
     stages: tuple[tuple[str, int, int], ...]  # (stage, started_at_ms, ended_at_ms), in order
     device_placement: dict[str, str]
+    config_used: JsonObject = field(default_factory=dict)  # options that only the device could settle ("device")
     cache_hits: tuple[str, ...] = ()
     peak_memory_bytes: int | None = None
     batch_size: int = 1
@@ -103,12 +126,23 @@ class RunInterrupted:
     reason: InterruptReason
 
 
-RunOutcome = RunSucceeded | RunFailed | RunInterrupted
+@dataclass(frozen=True)
+class RunLost:
+    """What ran it is gone (`detail` says how), through no fault of the run that is known; it is to run again."""
+
+    detail: str
+
+
+RunOutcome = RunSucceeded | RunFailed | RunInterrupted | RunLost
 
 
 @dataclass(frozen=True)
 class DeviceCapability:
-    """What the device and its models can do; `memory_bytes` is None where it cannot be told."""
+    """What the device and its models can do; `memory_bytes` is None where it cannot be told.
+
+    `memory_budget_bytes` is what models and runs may take together, `features` what the backend can do beside its
+    dtypes ("compile"), `abilities` what each model can do.
+    """
 
     backend: str
     device: str
@@ -118,6 +152,9 @@ class DeviceCapability:
     models: tuple[str, ...]
     loaded: tuple[str, ...]
     concurrency: int
+    memory_budget_bytes: int | None = None
+    features: tuple[str, ...] = ()
+    abilities: Mapping[str, ModelAbility] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -136,15 +173,22 @@ class DeviceHost(Protocol):
     """What owns a device. Safe to share between threads."""
 
     def submit(self, order: RunOrder, on_event: OnEvent) -> "Future[RunOutcome]":
-        """Start the run in a thread of its own, and return at once.
+        """Start the run, and return at once.
 
-        `on_event` is called from that thread, in order, and must not block. The future always gets a RunOutcome,
-        never an exception.
+        `on_event` is called from one thread at a time, in order, and must not block. The future always gets a
+        RunOutcome, never an exception.
         """
         ...
 
     def interrupt(self, job_id: str, reason: InterruptReason) -> bool:
         """Stop the job's run at its next device call; false if it does not run here. The first reason stays."""
+        ...
+
+    def end_by_force(self, why: str) -> bool:
+        """End whatever runs, though it does not listen: every run is lost, and the host goes on.
+
+        False where that cannot be done, as in the caller's own process.
+        """
         ...
 
     def capability(self) -> DeviceCapability:

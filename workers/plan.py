@@ -1,5 +1,7 @@
 """What a worker is to serve: from the queues it was given, or from what this host has."""
 
+import importlib.util
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,9 +55,10 @@ def plan_for_queues(names: Sequence[str], catalog: Catalog, settings: Settings) 
             )
         runnable = _runnable(known, address.backend, settings)
         if not runnable:
+            lacking = "; ".join(f"{spec.id} lacks {' and '.join(missing(spec, settings))}" for spec in known)
             raise ConfigurationError(
-                f"The weights of {', '.join(spec.id for spec in known)} are not here.",
-                'Set OMNIRT_MODEL_FOLDERS={"MODEL": "FOLDER"} for one of them.',
+                f"Nothing on the queue {str(address)!r} can run here: {lacking}.",
+                'Set OMNIRT_MODEL_FOLDERS={"MODEL": "FOLDER"} for weights, and install the rest.',
             )
         models.extend(runnable)
     return _plan(backends[0], models, settings)
@@ -78,8 +81,17 @@ def _runnable(specs: Iterable[ModelSpec], backend: str, settings: Settings) -> l
     return [
         spec
         for spec in specs
-        if backend == Backend.CPU_STUB or (spec.loader is not None and _folder(spec, settings) is not None)
+        if backend == Backend.CPU_STUB or (spec.loader is not None and not missing(spec, settings))
     ]
+
+
+def missing(spec: ModelSpec, settings: Settings) -> tuple[str, ...]:
+    """What a model needs and this host has not, in words that follow "lacks"."""
+    needs = spec.needs
+    weights = ("its weights",) if needs.weights and _folder(spec, settings) is None else ()
+    programs = (f"the program {name}" for name in needs.programs if shutil.which(name) is None)
+    packages = (f"the Python package {name}" for name in needs.packages if importlib.util.find_spec(name) is None)
+    return (*weights, *programs, *packages)
 
 
 def _folder(spec: ModelSpec, settings: Settings) -> Path | None:

@@ -114,6 +114,10 @@ class ThreadHost:
             job.interrupt(reason)
         return bool(runs)
 
+    def end_by_force(self, why: str) -> bool:
+        del why
+        return False  # nothing ends a thread
+
     def capability(self) -> DeviceCapability:
         assert self._info is not None
         loaded = {key.weights for key in self._cache.loaded()}

@@ -9,7 +9,7 @@ from omnirt_tasks.bench.figures import MS_PER_S, SPREAD_COLUMNS, Row, Table, per
 from omnirt_tasks.bench.running import running_system
 from omnirt_tasks.client import Client
 from omnirt_tasks.contract import EventName, Task
-from omnirt_tasks.registry import LoadRequest, discover
+from omnirt_tasks.registry import DiffusersModel, LoadRequest, discover
 
 PROMPT = "a large red circle on a blue background"
 STEPS = 20
@@ -34,8 +34,9 @@ def measure(jobs: int, torch_threads: int) -> Iterator[int | Table]:
     spec = discover().find("shapes")
     assert spec.loader is not None
     assert spec.weights is not None
-    pipeline = spec.loader(spec, LoadRequest(spec.weights, "cpu", "fp32"))[Task.TEXT2IMAGE]
-
+    loaded = spec.loader(spec, LoadRequest(spec.weights, "cpu", "fp32"))
+    assert isinstance(loaded, DiffusersModel)
+    pipeline = loaded.by_task[Task.TEXT2IMAGE]
     pipeline.set_progress_bar_config(disable=True)
 
     def plain_call(seed: int) -> float:

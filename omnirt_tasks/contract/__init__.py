@@ -7,7 +7,7 @@ This package imports nothing else of the project: every arrow in the house leads
 Parsing happens once, at the edge, with pydantic; past it a value's type means that it is valid.
 """
 
-from omnirt_tasks.contract.capability import WorkerCapability
+from omnirt_tasks.contract.capability import ModelAbility, WorkerCapability
 from omnirt_tasks.contract.errors import ErrorInfo, Problem
 from omnirt_tasks.contract.events import TERMINAL_EVENTS, Event, EventName
 from omnirt_tasks.contract.job import (
@@ -66,6 +66,7 @@ __all__ = [
     "Inputs",
     "JobRecord",
     "JobState",
+    "ModelAbility",
     "Phase",
     "Priority",
     "Problem",

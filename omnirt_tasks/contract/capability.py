@@ -3,13 +3,37 @@
 from pydantic import Field
 
 from omnirt_tasks.contract.base import Answer
+from omnirt_tasks.contract.request import Task
+from omnirt_tasks.contract.result import ExecutionMode
+
+
+class ModelAbility(Answer):
+    """What a worker can do with one of its models.
+
+    `options` are those that it takes, over all tasks. `weights_bytes` is what the weights take in each dtype that the
+    device computes in, by dtype; empty where it is not known. A run takes `working_bytes_per_pixel` more for each pixel
+    of its largest picture, or of all frames of its video, in the model's default dtype. `chunk_classes` name the runs
+    that may share a forward pass. `seconds_per_unit` is the time of a unit of work as measured here (a megapixel
+    denoised by one step; a second of audio), None until something ran.
+    """
+
+    tasks: tuple[Task, ...]
+    execution_mode: ExecutionMode
+    dtypes: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    weights_bytes: dict[str, int] = Field(default_factory=dict)
+    working_bytes_per_pixel: int = 0
+    chunk_classes: tuple[str, ...] = ()
+    seconds_per_unit: float | None = None
 
 
 class WorkerCapability(Answer):
     """One worker's capability record, renewed with every heartbeat.
 
     `queues` are full queue names, `models` the ids it can run, `loaded` those in device memory now;
-    `memory_bytes` is the device's, `concurrency` the most jobs it holds at once.
+    `memory_bytes` is the device's, `memory_budget_bytes` what models and runs may take of it together, `concurrency`
+    the most jobs it holds at once. `features` are what the backend can do beside its dtypes ("compile"), `abilities`
+    what each model can do, by id.
     """
 
     worker_id: str
@@ -17,6 +41,7 @@ class WorkerCapability(Answer):
     device: str
     device_name: str = ""
     memory_bytes: int | None = None
+    memory_budget_bytes: int | None = None
     queues: tuple[str, ...]
     models: tuple[str, ...] = ()
     loaded: tuple[str, ...] = ()
@@ -24,6 +49,8 @@ class WorkerCapability(Answer):
     running: int = 0
     tags: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = Field(default=())
+    features: tuple[str, ...] = ()
+    abilities: dict[str, ModelAbility] = Field(default_factory=dict)
     pid: int = 0
     host: str = ""
     started_at_ms: int = 0

@@ -18,6 +18,7 @@ QUEUES_MAX = 1_000
 JOB_STAGE = "job"
 """The stage of the job's own events."""
 
+LOAD_STAGE = "load"
 LEASE_EXPIRED = "lease_expired"
 """The reason of a `job_requeued` that nobody asked for."""
 
@@ -88,9 +89,14 @@ def phase_of(draft: EventDraft) -> Phase | None:
 
 
 def progress_of(draft: EventDraft) -> Progress | None:
-    """The progress that the event tells of, if it does."""
+    """The progress that the event tells of, if it does; a model's loading is none of a job's steps."""
     step, total = draft.data.get("step"), draft.data.get("total")
-    if draft.event is not EventName.STAGE_PROGRESS or not isinstance(step, int) or not isinstance(total, int):
+    if (
+        draft.event is not EventName.STAGE_PROGRESS
+        or draft.stage == LOAD_STAGE
+        or not isinstance(step, int)
+        or not isinstance(total, int)
+    ):
         return None
     return progress(step, total)
 

@@ -7,6 +7,7 @@ from omnirt_tasks.contract import ArtifactKind, Backend, ExecutionMode, Task, Ti
 from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.registry import options
 from omnirt_tasks.registry.loading import load_diffusers
+from omnirt_tasks.registry.runnable import DiffusersModel
 from omnirt_tasks.registry.spec import LoadRequest, ModelSpec, Option, TaskSpec
 
 GIB = 1024**3
@@ -20,7 +21,7 @@ _CLASSES = {
 }
 
 
-def load(spec: ModelSpec, request: LoadRequest) -> Any:
+def load(spec: ModelSpec, request: LoadRequest) -> DiffusersModel:
     """A pipeline for each task, from a classic folder of safetensors. Raises OSError when the folder is not whole."""
     return load_diffusers({task: _CLASSES[task] for task in spec.tasks}, request)
 

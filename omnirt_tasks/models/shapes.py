@@ -1,17 +1,17 @@
 """`shapes`: the demonstration model that this project trains and ships; it draws a coloured shape on a background."""
 
 from pathlib import Path
-from typing import Any
 
 from omnirt_tasks.contract import ArtifactKind, Backend, ExecutionMode, Task, Tier
 from omnirt_tasks.registry import options
 from omnirt_tasks.registry.loading import load_diffusers
+from omnirt_tasks.registry.runnable import DiffusersModel
 from omnirt_tasks.registry.spec import LoadRequest, ModelSpec, TaskSpec
 
 SIZE_PX = 64
 
 
-def load(spec: ModelSpec, request: LoadRequest) -> Any:
+def load(spec: ModelSpec, request: LoadRequest) -> DiffusersModel:
     """The SDXL pipeline of the shipped weights. Raises OSError when the folder is not whole."""
     return load_diffusers({Task.TEXT2IMAGE: "StableDiffusionXLPipeline"}, request)
 

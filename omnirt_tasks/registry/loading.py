@@ -6,10 +6,13 @@ from typing import Any
 
 from omnirt_tasks.contract import Task
 from omnirt_tasks.errors import ConfigurationError
+from omnirt_tasks.registry.runnable import DiffusersModel
 from omnirt_tasks.registry.spec import LoadRequest
 
 
-def load_diffusers(class_names: Mapping[Task, str], request: LoadRequest) -> dict[Task, Any]:
+def load_diffusers(
+    class_names: Mapping[Task, str], request: LoadRequest, *, blocks: str | None = None
+) -> DiffusersModel:
     """A pipeline for each task, of the diffusers class named, on the request's device in its dtype.
 
     They share one set of components. Safetensors and local files only.
@@ -30,11 +33,11 @@ def load_diffusers(class_names: Mapping[Task, str], request: LoadRequest) -> dic
     pipeline.to(request.device)
     # A task's own pipeline keeps the plain values of the shipped configuration (requires_aesthetics_score…).
     plain = {name: value for name, value in pipeline.config.items() if not isinstance(value, list | tuple)}
-    pipelines = {first: pipeline}
+    pipelines: dict[Task, Any] = {first: pipeline}
     for task, name in others:
         kind = getattr(diffusers, name)
         takes = inspect.signature(kind.__init__).parameters
         pipelines[task] = kind(
             **{parameter: value for parameter, value in {**plain, **pipeline.components}.items() if parameter in takes}
         )
-    return pipelines
+    return DiffusersModel(pipelines, blocks)

@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 from omnirt_tasks.contract import ArtifactKind, Backend, ExecutionMode, Task, Tier
 from omnirt_tasks.contract.base import JsonObject
+from omnirt_tasks.registry.runnable import Runnable
 
 SEED_MAX = 2**63 - 1
 
@@ -25,7 +25,8 @@ class OptionKind(StrEnum):
 class Option:
     """One option of a model: its type, default and bounds are the single source of checks, /v1/models and docs.
 
-    `nullable` allows null (a seed that is to be drawn). Bounds are inclusive. `unit` is "px", "s"… or "".
+    `nullable` allows null (a seed that is to be drawn). Bounds are inclusive. A value is `remainder` more than a
+    multiple of `multiple_of` (the 4n + 1 frames of a video). `unit` is "px", "s"… or "".
     """
 
     name: str
@@ -38,31 +39,64 @@ class Option:
     choices: tuple[str, ...] | None = None
     nullable: bool = False
     unit: str = ""
+    remainder: int = 0
 
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """What a model does for one task; `options` maps the option's name to it, `presets` overrides by preset name."""
+    """What a model does for one task; `options` maps the option's name to it, `presets` overrides by preset name.
+
+    `numbers` are the bounds and defaults of those inputs that are numbers (num_frames, fps).
+    """
 
     required_inputs: tuple[str, ...]
     optional_inputs: tuple[str, ...]
     options: Mapping[str, Option]
     artifact_kind: ArtifactKind
     presets: Mapping[str, JsonObject] = field(default_factory=dict)
+    numbers: Mapping[str, Option] = field(default_factory=dict)
+
+
+class Verification(StrEnum):
+    """How far a model is known to work; the later, the more."""
+
+    SPEC = "spec only"
+    TINY_WEIGHTS = "tiny random weights"
+    REAL_DEVICE = "real device"
+    REAL_WEIGHTS = "real weights"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What must be on a host before it can run a model: weights, programs on PATH, Python packages."""
+
+    weights: bool = True
+    programs: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
+
+
+def _say_nothing(part: str, done: int, total: int) -> None:
+    del part, done, total
 
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """What a family's loader is asked for: `folder` of the weights, torch `device` ("cuda:0") and `dtype` ("fp16")."""
+    """What a family's loader is asked for: `folder` of the weights, torch `device` ("cuda:0") and `dtype` ("fp16").
+
+    `compile` asks for a compiled denoiser. `loaded_part` is called after each of `total` parts, with its name and how
+    many are done; it may raise, to end the load.
+    """
 
     folder: Path
     device: str
     dtype: str
+    compile: bool = False
+    loaded_part: Callable[[str, int, int], None] = _say_nothing
 
 
-# Returns what the executor of the spec's execution mode runs: for `legacy_call` a mapping of each of the model's tasks
-# to a diffusers pipeline on the device; the pipelines share their components, so that weights are loaded once.
-Loader = Callable[["ModelSpec", LoadRequest], Any]
+# Returns what the executor of the spec's execution mode runs (see `registry.runnable`): a DiffusersModel for modular
+# and legacy_call, a Program for subprocess, a RankGroup for persistent_worker.
+Loader = Callable[["ModelSpec", LoadRequest], Runnable]
 
 
 @dataclass(frozen=True)
@@ -70,9 +104,16 @@ class ModelSpec:
     """One model.
 
     `queue` names the queue of models which live on a device together (`{backend}-{queue}`). `status` is
-    stable or beta. `min_memory_bytes` is about what the model takes on a device; nothing refuses a smaller device yet.
-    `weights` is the folder that ships with the project, if any; otherwise the operator names one
-    (`OMNIRT_MODEL_FOLDERS`). `loader` is None where a backend needs none (cpu-stub).
+    stable or beta. `weights` is the folder that ships with the project, if any; otherwise the operator names one
+    (`OMNIRT_MODEL_FOLDERS`), unless `needs` says that there are none. `loader` is None where a backend needs none
+    (cpu-stub).
+
+    `min_memory_bytes` is what the published weights take on a device with their default dtype, for documents; what
+    is refused is counted from the weights that are really there, plus `working_bytes_per_pixel` for each pixel of a
+    run's largest decoded picture, or frames of a video (in the default dtype).
+
+    `adapters`, `quantisations` and `chunkable` say what a model could take; no request may ask for the first two yet,
+    and nothing merges yet.
     """
 
     id: str
@@ -87,5 +128,12 @@ class ModelSpec:
     aliases: tuple[str, ...] = ()
     owned_by: str = "omnirt"
     min_memory_bytes: int = 0
+    working_bytes_per_pixel: int = 0
     weights: Path | None = None
+    revision: str = ""
+    needs: Needs = Needs()
     loader: Loader | None = None
+    verified: Verification = Verification.SPEC
+    adapters: tuple[str, ...] = ()
+    quantisations: tuple[str, ...] = ()
+    chunkable: bool = False

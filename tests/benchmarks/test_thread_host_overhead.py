@@ -3,12 +3,11 @@
 import statistics
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from omnirt_tasks.contract import Task
-from omnirt_tasks.registry import LoadRequest, discover
+from omnirt_tasks.registry import DiffusersModel, LoadRequest, discover
 from tests.support.hosts import RUN_TIMEOUT_S, Bench, Recorder
 from workers.backends import driver
 from workers.device import DeviceCall
@@ -41,7 +40,9 @@ def test_a_run_through_the_host_adds_less_than_ten_milliseconds(tmp_path: Path) 
         concurrency=1,
     )
     bench = Bench(host, spec.id, tmp_path)
-    pipeline: Any = spec.loader(spec, LoadRequest(spec.weights, "cpu", "fp32"))[Task.TEXT2IMAGE]
+    loaded = spec.loader(spec, LoadRequest(spec.weights, "cpu", "fp32"))
+    assert isinstance(loaded, DiffusersModel)
+    pipeline = loaded.by_task[Task.TEXT2IMAGE]
     pipeline.set_progress_bar_config(disable=True)
     torch.set_num_threads(1)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from omnirt_tasks.contract import EventName, Inputs, ResolvedRequest, Task
 from omnirt_tasks.contract.base import JsonObject
-from omnirt_tasks.registry import LoadRequest, ModelSpec, discover
+from omnirt_tasks.registry import DiffusersModel, LoadRequest, ModelSpec, discover
 from workers.backends import driver
 from workers.host import HostEvent, RunOrder, RunOutcome
 from workers.thread_host import ThreadHost
@@ -28,7 +28,7 @@ class Recorder:
         self.events.append(event)
         seen = len(self.named(event.event))
         for name, count, action in self._actions:
-            if name is event.event and count == seen:
+            if name is event.event and count == seen and event in self.named(name):
                 action()
 
     def on(self, name: EventName, action: Callable[[], object], *, count: int = 1) -> "Recorder":
@@ -37,7 +37,9 @@ class Recorder:
         return self
 
     def named(self, name: EventName) -> list[HostEvent]:
-        return [event for event in self.events if event.event is name]
+        """The events of this name; of progress, the job's own steps alone, and not its model's loading."""
+        loading = EventName.STAGE_PROGRESS, "load"
+        return [event for event in self.events if event.event is name and (event.event, event.stage) != loading]
 
     @property
     def progress(self) -> list[tuple[Any, Any]]:
@@ -122,11 +124,12 @@ class Loads:
         self.pipelines: list[Mapping[Task, Any]] = []
         self.threads: list[str] = []
 
-    def __call__(self, spec: ModelSpec, request: LoadRequest) -> Mapping[Task, Any]:
+    def __call__(self, spec: ModelSpec, request: LoadRequest) -> DiffusersModel:
         if self._dtype is not None:
             request = dataclasses.replace(request, dtype=self._dtype)
-        loaded: Mapping[Task, Any] = self._load(spec, request)
-        self.pipelines.append(loaded)
+        loaded = self._load(spec, request)
+        assert isinstance(loaded, DiffusersModel)
+        self.pipelines.append(loaded.by_task)
         self.threads.append(threading.current_thread().name)
         return loaded
 

@@ -78,6 +78,9 @@ class ScriptedHost:
     def end(self, job_id: str, outcome: RunOutcome) -> None:
         self._futures[job_id].set_result(outcome)
 
+    def end_by_force(self, why: str) -> bool:
+        return False
+
     def capability(self) -> DeviceCapability:
         return DeviceCapability("cpu-stub", "cpu-stub:0", "scripted", None, (), ("stub",), (), 8)
 

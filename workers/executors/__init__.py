@@ -4,7 +4,7 @@ load(spec, request) ─► LoadedModel      once, shared by every job that needs
 run(model, order, job) ─► OutputFile…   once per job, in the job's own thread
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,12 +15,21 @@ from workers.context import JobContext
 from workers.host import OutputFile, RunOrder
 
 
+def _nothing_to_end() -> None:
+    """A model that is only memory goes with its last reference."""
+
+
 @dataclass(frozen=True)
 class LoadedModel:
-    """What an executor loaded, for itself alone; `placement` maps each part to its device."""
+    """What an executor loaded, for itself alone; `placement` maps each part to its device.
+
+    `size_bytes` is what it takes of the device's memory. `close` ends what dropping it would not: processes.
+    """
 
     content: Any = None
     placement: Mapping[str, str] = field(default_factory=dict)
+    size_bytes: int = 0
+    close: Callable[[], object] = _nothing_to_end
 
 
 class Executor(Protocol):

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from omnirt_tasks.contract import Task
 from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.errors import ModelFailed
-from omnirt_tasks.registry import LoadRequest, ModelSpec
+from omnirt_tasks.registry import DiffusersModel, LoadRequest, ModelSpec
 from workers.context import JobContext
 from workers.executors import LoadedModel
 from workers.executors.pictures import picture_seed, save_pictures
@@ -85,8 +85,9 @@ class LegacyCallExecutor:
             _set_up_libraries()
             from workers.executors.heavy import placement, send_to_device
 
-            by_task: Mapping[Task, Any] = spec.loader(spec, request)
-            components = next(iter(by_task.values())).components
+            loaded = spec.loader(spec, request)
+            assert isinstance(loaded, DiffusersModel), "what a family of this mode loads"
+            by_task, components = loaded.by_task, loaded.components
             send_to_device(components)
         tokenizers = {name: part for name, part in components.items() if name.startswith(LENT_COMPONENTS)}
         return LoadedModel(SharedPipelines(by_task, Lender(tokenizers)), placement(components))
