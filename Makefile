@@ -18,7 +18,7 @@ PIP_PIN := pip==26.3
 UV_PIN := uv>=0.9,<1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test check format bench train-shapes secrets clean FORCE
+.PHONY: help setup demo up test check format bench docs train-shapes secrets clean FORCE
 
 help: ## list what there is
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sort | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -68,6 +68,9 @@ check: setup ## format, lint, types, import direction
 format: setup ## format the code, and mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: setup ## write docs/models.md anew from the registry
+	@$(BIN)/omnirt models --markdown > docs/models.md
 
 bench: setup ## measure; the figures go to docs/performance.md
 	@$(BIN)/omnirt bench

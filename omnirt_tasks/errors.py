@@ -81,7 +81,7 @@ class BackendUnsupported(CallerError):
 
 
 class InsufficientMemory(CallerError):
-    """The request could never fit on a device of the fleet. Nothing raises it yet: sizes are not checked."""
+    """The request could never fit: on no device of the fleet, or not on the one that was to run it."""
 
     code = "insufficient_memory"
     http_status = 422

@@ -1,21 +1,33 @@
 """Which queue a request goes to: a pure function of the request, the model's spec and what the workers say.
 
+    judge ─► Outlook ─┬─ findings: nothing that lives can run it, and why
+                      └─ prospects ─► choose (what waits where) ─► Route ─► settle
+
 A queue is named `{backend}-{queue}`, and `{backend}-{queue}+{tag}+{tag}` for jobs that ask for tags. A worker with
-tags serves its queues for every subset of them, so whoever takes such a job has all that it asks for.
+tags serves its queues for every subset of them, so whoever takes such a job has all that it asks for. A device is
+asked for in the same way: every worker has the tag of its own ("cuda-1" for "cuda:1").
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from omnirt_tasks.contract import AUTO, TAG_MARK, Backend, ResolvedRequest, WorkerCapability
-from omnirt_tasks.errors import ConfigurationError
+from omnirt_tasks.contract import AUTO, TAG_MARK, Backend, ModelAbility, Problem, ResolvedRequest, WorkerCapability
+from omnirt_tasks.errors import BackendUnsupported, ConfigurationError, InsufficientMemory
+from omnirt_tasks.registry import footprint
+from omnirt_tasks.registry.options import ANY_DEVICE
 from omnirt_tasks.registry.spec import ModelSpec
+from omnirt_tasks.validation.findings import Finding, listed
 
 FULL_PRECISION = "fp32"
 
 # What a backend computes in while no worker says it: half precision on a CPU is emulated, slowly.
 _DTYPE_INSTEAD: Mapping[tuple[str, str], str] = {(Backend.CPU, "fp16"): FULL_PRECISION}
+# Options that, when true, need a feature of the same name on the device.
+_FEATURE_OPTIONS = ("compile",)
+_DEVICE = re.compile(rf"({'|'.join(Backend)}):(0|[1-9][0-9]{{0,2}})")
+_DEVICE_TAG = re.compile(rf"({'|'.join(Backend)})-(0|[1-9][0-9]{{0,2}})")
 
 
 @dataclass(frozen=True)
@@ -28,6 +40,54 @@ class QueueAddress:
 
     def __str__(self) -> str:
         return TAG_MARK.join((f"{self.backend}-{self.queue}", *self.tags))
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a worker's record says of a request: `findings` are why it cannot run it, none where it can.
+
+    `seconds_per_unit` is how long the worker takes for a unit of the model's work, None where it has not told;
+    `lacking_bytes` how much more memory it would need.
+    """
+
+    device: str
+    findings: tuple[Finding, ...] = ()
+    seconds_per_unit: float | None = None
+    lacking_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """A queue that the request may go to, and what each live worker that serves it says.
+
+    `dtypes` are those that each of these workers computes in; empty when none has said.
+    """
+
+    backend: str
+    queue: str
+    workers: tuple[Judgement, ...] = ()
+    dtypes: tuple[str, ...] = ()
+
+    @property
+    def able(self) -> int:
+        """How many of its workers can run the request."""
+        return sum(not worker.findings for worker in self.workers)
+
+    def expected_wait(self, waiting: int, *, timed: bool) -> float:
+        """How long a job would wait behind `waiting` others, in seconds per unit of work if `timed`, else in jobs."""
+        if not self.workers:
+            return 0.0
+        if not timed:
+            return waiting / len(self.workers)
+        return waiting / sum(1 / worker.seconds_per_unit for worker in self.workers if worker.seconds_per_unit)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """The queues among which the waits decide, in the order of the spec's backends; or why there is none."""
+
+    prospects: tuple[Prospect, ...]
+    findings: tuple[Finding, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,56 +128,217 @@ def plain_name(name: str) -> str:
 
 
 def queues_served(base: Sequence[str], tags: Sequence[str]) -> tuple[str, ...]:
-    """Every queue that a worker with these tags serves for each of its `base` queues, plain ones first."""
+    """Every queue that a worker with these tags serves for each of its `base` queues, plain ones first.
+
+    They are 2^n for each base queue, so tags are few: an operator's at most four, and the device's.
+    """
     subsets = [subset for size in range(len(tags) + 1) for subset in combinations(sorted(tags), size)]
     addresses = [parse_queue(name) for name in base]
     names = [queue_name(address.backend, address.queue, subset) for subset in subsets for address in addresses]
     return tuple(dict.fromkeys(names))
 
 
-def candidates(request: ResolvedRequest, spec: ModelSpec) -> tuple[Backend, ...]:
-    """The backends that the request may go to, in the spec's order; cpu-stub only where it is named or all there is."""
-    if request.backend != AUTO:
-        return (Backend(request.backend),)
-    return tuple(backend for backend in spec.backends if backend is not Backend.CPU_STUB) or spec.backends
+def device_tag(device: str) -> str:
+    """The tag that stands for a device in the names of queues: "cuda-1" for "cuda:1"."""
+    return device.replace(":", "-")
 
 
-def route(
-    request: ResolvedRequest, spec: ModelSpec, fleet: Sequence[WorkerCapability], waiting: Mapping[str, int]
-) -> Route:
-    """The queue for the request, whose backend is "auto" or one of the spec's.
+def worker_tags(own: Sequence[str], device: str) -> tuple[str, ...]:
+    """The tags for whose subsets a worker serves queues: the operator's, and its device's.
 
-    A named backend is taken as it is. "auto" prefers a queue that live workers serve, then the shortest expected wait
-    (`waiting` jobs per queue name over its workers), then the order of the spec's backends; it never chooses
-    cpu-stub where the model has another.
+    Raises ConfigurationError for a tag of the operator's that is the name of a device: jobs which ask for that device
+    would come here.
     """
+    if posing := [tag for tag in own if _DEVICE_TAG.fullmatch(tag)]:
+        raise ConfigurationError(
+            f"The tag {posing[0]!r} stands for a device.",
+            "Name OMNIRT_TAGS otherwise; a worker has the tag of its device by itself.",
+        )
+    return tuple(sorted({*own, device_tag(device)}))
 
-    def seen_at(backend: Backend) -> Route:
-        name = queue_name(backend, spec.queue, request.tags)
-        serving = [worker for worker in fleet if name in worker.queues and spec.id in worker.models]
-        said = [worker.dtypes for worker in serving if worker.dtypes]
-        shared = tuple(dtype for dtype in said[0] if all(dtype in dtypes for dtypes in said)) if said else ()
-        return Route(str(backend), name, len(serving), shared)
 
-    def cost(choice: Route) -> tuple[bool, float]:
-        return (choice.workers == 0, waiting.get(choice.queue, 0) / max(choice.workers, 1))
+def judge(request: ResolvedRequest, spec: ModelSpec, fleet: Iterable[WorkerCapability]) -> Outlook:
+    """Where the request, whose backend is "auto" or one of the spec's, could go; or why nothing that lives can run it.
 
-    return min(map(seen_at, candidates(request, spec)), key=cost)  # min keeps the first of equals: the spec's order
+    Any worker of a queue may take its messages. So what counts is a queue's weakest worker: first come queues whose
+    live workers can all run the request, then those where some can, at the risk that another takes it and fails it. A
+    queue without live workers comes after both: a job waits there until one comes, and of several such the first is
+    taken. Where workers live, but none of them can, the findings are those of the one that comes nearest.
+
+    A named backend, or the backend of a named device, is the only one. "auto" is never cpu-stub where the model has
+    another. A record that tells nothing of the model's abilities is not held against its worker.
+    """
+    device = _wished_device(request)
+    if wrong := tuple(_check_device(device, request, spec)):
+        return Outlook((), wrong)
+    workers = tuple(worker for worker in fleet if spec.id in worker.models)
+    prospects = tuple(_prospect(backend, request, spec, workers) for backend in _candidates(request, spec))
+    for fit in (_all_can, _some_can):
+        if fitting := tuple(filter(fit, prospects)):
+            return Outlook(fitting)
+    judged = [worker for prospect in prospects for worker in prospect.workers]
+    if judged:
+        return Outlook((), min(judged, key=lambda worker: (len(worker.findings), worker.lacking_bytes)).findings)
+    if device is not None and (elsewhere := _devices_beside(request, spec, workers)):
+        return Outlook((), (_no_such_device(device, elsewhere),))
+    return Outlook(prospects[:1])
+
+
+def choose(prospects: Sequence[Prospect], waiting: Mapping[str, int]) -> Route:
+    """The prospect with the shortest expected wait, `waiting` being how many jobs wait in each queue.
+
+    Measured times count where all workers of all prospects tell them, else the number of jobs per worker does. Of
+    equals the first is chosen.
+    """
+    timed = all(worker.seconds_per_unit for prospect in prospects for worker in prospect.workers)
+
+    def wait(prospect: Prospect) -> float:
+        return prospect.expected_wait(waiting.get(prospect.queue, 0), timed=timed)
+
+    best = min(prospects, key=wait)
+    return Route(best.backend, best.queue, len(best.workers), best.dtypes)
 
 
 def settle(request: ResolvedRequest, chosen: Route) -> ResolvedRequest:
     """The request as it will run on the chosen backend, with a dtype that is computed in there, and a warning of it."""
     config, warnings = request.config, request.warnings
     wished = config.get("dtype")
-    if isinstance(wished, str) and (instead := _dtype_for(wished, chosen)) != wished:
+    if isinstance(wished, str) and (instead := _dtype_for(wished, chosen.backend, chosen.dtypes)) != wished:
         config = {**config, "dtype": instead}
         warnings = (*warnings, f"config.dtype: {chosen.backend} does not compute in {wished}; {instead} is used.")
     return request.model_copy(update={"backend": chosen.backend, "config": config, "warnings": warnings})
 
 
-def _dtype_for(wished: str, chosen: Route) -> str:
-    if not chosen.dtypes:
-        return _DTYPE_INSTEAD.get((chosen.backend, wished), wished)
-    if wished in chosen.dtypes:
+def _dtype_for(wished: str, backend: str, dtypes: tuple[str, ...]) -> str:
+    if not dtypes:
+        return _DTYPE_INSTEAD.get((backend, wished), wished)
+    if wished in dtypes:
         return wished
-    return FULL_PRECISION if FULL_PRECISION in chosen.dtypes else chosen.dtypes[0]
+    return FULL_PRECISION if FULL_PRECISION in dtypes else dtypes[0]
+
+
+# Queues
+
+
+def _candidates(request: ResolvedRequest, spec: ModelSpec) -> tuple[str, ...]:
+    if (device := _wished_device(request)) is not None:
+        return (_backend_of(device),)
+    if request.backend != AUTO:
+        return (request.backend,)
+    return tuple(backend for backend in spec.backends if backend is not Backend.CPU_STUB) or spec.backends
+
+
+def _prospect(backend: str, request: ResolvedRequest, spec: ModelSpec, workers: Iterable[WorkerCapability]) -> Prospect:
+    device = _wished_device(request)
+    tags = request.tags if device is None else (*request.tags, device_tag(device))
+    name = queue_name(backend, spec.queue, tags)
+    serving = [worker for worker in workers if name in worker.queues]
+    said = [worker.dtypes for worker in serving if worker.dtypes]
+    shared = tuple(dtype for dtype in said[0] if all(dtype in dtypes for dtypes in said)) if said else ()
+    settled = settle(request, Route(backend, name, len(serving), shared))  # any of them may take it: in what all can
+    return Prospect(backend, name, tuple(_judged(worker, settled, spec) for worker in serving), shared)
+
+
+def _all_can(prospect: Prospect) -> bool:
+    return 0 < prospect.able == len(prospect.workers)
+
+
+def _some_can(prospect: Prospect) -> bool:
+    return prospect.able > 0
+
+
+# Workers
+
+
+def _judged(worker: WorkerCapability, request: ResolvedRequest, spec: ModelSpec) -> Judgement:
+    ability = worker.abilities.get(spec.id)
+    if ability is None:
+        return Judgement(worker.device)
+    findings = [*_check_task(worker, ability, request), *_check_features(worker, request)]
+    lack = _lack_of_memory(worker, ability, request, spec)
+    if lack is None:
+        return Judgement(worker.device, tuple(findings), ability.seconds_per_unit)
+    lacking_bytes, finding = lack
+    return Judgement(worker.device, (*findings, finding), ability.seconds_per_unit, lacking_bytes)
+
+
+def _check_task(worker: WorkerCapability, ability: ModelAbility, request: ResolvedRequest) -> Iterable[Finding]:
+    if request.task not in ability.tasks:
+        able = f"{worker.device} does {listed(ability.tasks)}"
+        told = f"No live worker does {request.task} with {request.model}; {able}."
+        yield Finding(Problem(loc="task", rule="supported", message=told))
+
+
+def _check_features(worker: WorkerCapability, request: ResolvedRequest) -> Iterable[Finding]:
+    for option in _FEATURE_OPTIONS:
+        if request.config.get(option) is True and option not in worker.features:
+            told = f"No live worker can {option}: {worker.device} has not what it takes. Leave {option} out."
+            yield Finding(Problem(loc=f"config.{option}", rule="supported", message=told))
+
+
+def _lack_of_memory(
+    worker: WorkerCapability, ability: ModelAbility, request: ResolvedRequest, spec: ModelSpec
+) -> tuple[int, Finding] | None:
+    """How many bytes more the run needs than the worker may give it, and the words for it."""
+    dtype = str(request.config.get("dtype", FULL_PRECISION))
+    weights_bytes = ability.weights_bytes.get(dtype)
+    if weights_bytes is None or worker.memory_budget_bytes is None:
+        return None
+    working_bytes = footprint.working_bytes(
+        ability.working_bytes_per_pixel,
+        request.config,
+        request.inputs.num_frames,
+        footprint.default_dtype(spec.tasks[request.task]),
+    )
+    needed_bytes = footprint.needed_bytes(weights_bytes, working_bytes)
+    if needed_bytes <= worker.memory_budget_bytes:
+        return None
+    told = footprint.insufficient_memory(weights_bytes, working_bytes, worker.memory_budget_bytes)
+    error = InsufficientMemory(f"The device {worker.device} is too small in {dtype}. {told.message}", told.hint)
+    lacking_bytes = needed_bytes - worker.memory_budget_bytes
+    return lacking_bytes, Finding(Problem(loc="config", rule="memory", message=str(error)), error)
+
+
+# Devices
+
+
+def _wished_device(request: ResolvedRequest) -> str | None:
+    wished = request.config.get("device", ANY_DEVICE)
+    return None if wished == ANY_DEVICE else str(wished)
+
+
+def _backend_of(device: str) -> str:
+    return device.rpartition(":")[0]
+
+
+def _check_device(device: str | None, request: ResolvedRequest, spec: ModelSpec) -> Iterable[Finding]:
+    """What is wrong with the device's name, whatever lives."""
+    if device is None:
+        return
+    if not _DEVICE.fullmatch(device):
+        told = f"{device[:40]!r} names no device; use {ANY_DEVICE!r}, or a name such as {spec.backends[0]}:0."
+        yield Finding(Problem(loc="config.device", rule="pattern", message=told))
+    elif (backend := _backend_of(device)) not in spec.backends:
+        unsupported = BackendUnsupported(
+            f"{spec.id} does not run on the device {device}.",
+            f"Use {ANY_DEVICE}, or a device of {listed(spec.backends)}.",
+        )
+        yield Finding(Problem(loc="config.device", rule="supported", message=str(unsupported)), unsupported)
+    elif request.backend not in {AUTO, backend}:
+        told = f"{device} is no device of the backend {request.backend}; name one of its own, or the backend {AUTO}."
+        yield Finding(Problem(loc="config.device", rule="backend", message=told))
+
+
+def _devices_beside(request: ResolvedRequest, spec: ModelSpec, workers: Iterable[WorkerCapability]) -> tuple[str, ...]:
+    """The devices that the request could name: those of live workers which serve what else it asks for."""
+    there = set()
+    for worker in workers:
+        name = queue_name(_backend_of(worker.device), spec.queue, (*request.tags, device_tag(worker.device)))
+        if name in worker.queues and request.backend in {AUTO, worker.backend}:
+            there.add(worker.device)
+    return tuple(sorted(there))
+
+
+def _no_such_device(device: str, there: Sequence[str]) -> Finding:
+    told = f"No live worker has the device {device}; there are {listed(there)}. Use one of them, or {ANY_DEVICE}."
+    return Finding(Problem(loc="config.device", rule="known", message=told))

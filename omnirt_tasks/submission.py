@@ -1,7 +1,7 @@
 """The one way in which a job is accepted, whatever door it came through.
 
-    check: validate ─► look up inputs           /v1/validate stops here, and nothing is written
-    submit: check ─► keep inputs ─► route ─► record ─► message
+    check: validate ─► look up inputs ─► route           /v1/validate stops here, and nothing is written
+    submit: check ─► keep inputs ─► record ─► message
 
 A job is accepted once its record is written; a message that could not be sent is sent by the reconciler.
 """
@@ -18,8 +18,7 @@ from omnirt_tasks.errors import ArtifactNotFound, CallerError, JobNotFound, NotF
 from omnirt_tasks.jobs.fleet import LiveWorkers
 from omnirt_tasks.jobs.store import JobStore, NewJob, StoredJob
 from omnirt_tasks.registry.catalog import Catalog
-from omnirt_tasks.registry.spec import ModelSpec
-from omnirt_tasks.routing import Route, candidates, queue_name, route, settle
+from omnirt_tasks.routing import Route, choose, judge, settle
 from omnirt_tasks.uploads import UploadStorage
 from omnirt_tasks.validation import DATA_URL, Door, Finding, Resolution, failure, resolve
 
@@ -100,14 +99,12 @@ class Submission:
             return replace(resolution, request=None, findings=(*resolution.findings, *missing)), None
         if resolution.request is None or resolution.spec is None:
             return resolution, None
-        return resolution, self._route(resolution.request, resolution.spec)
-
-    def _route(self, request: ResolvedRequest, spec: ModelSpec) -> Route:
-        fleet = self.fleet.live()
-        served = {queue for worker in fleet if spec.id in worker.models for queue in worker.queues}
-        queues = served & {queue_name(backend, spec.queue, request.tags) for backend in candidates(request, spec)}
+        outlook = judge(resolution.request, resolution.spec, self.fleet.live())
+        if outlook.findings:
+            return replace(resolution, request=None, findings=outlook.findings), None
+        queues = [prospect.queue for prospect in outlook.prospects]
         waiting = {queue: self.store.depth(queue).waiting for queue in queues} if len(queues) > 1 else {}
-        return route(request, spec, fleet, waiting)
+        return resolution, choose(outlook.prospects, waiting)
 
     def _check_references(self, references: Mapping[str, str], owner: str) -> Iterable[Finding]:
         for name, reference in references.items():

@@ -208,10 +208,15 @@ def _audio_mime(head: bytes) -> str | None:
         return "audio/flac"
     if head[:4] == b"OggS":
         return "audio/ogg"
-    # An ID3 tag, or the eleven set bits that begin a frame and a layer that is not reserved.
-    if head[:3] == b"ID3" or (len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0 and head[1] & 0x06):
-        return "audio/mpeg"
-    return None
+    return "audio/mpeg" if head[:3] == b"ID3" or _begins_mp3(head) else None
+
+
+def _begins_mp3(head: bytes) -> bool:
+    """Whether it begins with a frame of MPEG audio, layer III; text in UTF-16 begins with the same eleven set bits."""
+    if len(head) < 3 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
+        return False
+    version, layer, bitrate, rate = head[1] >> 3 & 3, head[1] >> 1 & 3, head[2] >> 4, head[2] >> 2 & 3
+    return version != 1 and layer == 1 and bitrate != 15 and rate != 3
 
 
 def _checked(upload_id: str) -> str:

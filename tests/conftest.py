@@ -91,8 +91,6 @@ def processes() -> Iterator[Processes]:
 
 
 def _present(backend: str) -> bool:
-    if backend == "cuda":
-        import torch
+    from workers.backends import driver
 
-        return bool(torch.cuda.is_available())
-    return False
+    return bool(driver(backend).probe())

@@ -84,8 +84,10 @@ class AttemptRunner:
     """Runs attempts on one device host; many at once, each in its caller's thread. Safe to share between threads.
 
     `scratch_dir` is this process's own. A run that lasts longer than `job_timeout_s` fails with `timeout`. One whose
-    device call does not come back within `abandon_after_s` of an interrupt that ends its attempt is settled without
-    it, and `on_stuck` is told, once for each: from then on the device cannot be trusted. A run that is given back while
+    device call does not come back within `abandon_after_s` of an interrupt that ends its attempt (`stop_patience_s` of
+    a cancel; None: not before its time is over) is settled without it, and the host is ended by force: the other runs
+    are lost to it and run again. Where that cannot be done `on_stuck` is told, once for each: from then on the device
+    cannot be trusted. A run that is given back while
     its model loads, with the device free, is settled without it too, and no reason to trust the device less. `address`
     tells where an output will be found, `execution_mode` how every model of the host is run, where that is known.
     """
@@ -108,6 +110,7 @@ class AttemptRunner:
         tracing: Tracing | None = None,
         metrics: DeviceMetrics | None = None,
         abandon_after_s: float = ABANDON_AFTER_S,
+        stop_patience_s: float | None = None,
     ) -> None:
         self._store = store
         self._host = host
@@ -124,6 +127,7 @@ class AttemptRunner:
         self._tracing = tracing
         self._metrics = metrics
         self._abandon_after_s = abandon_after_s
+        self._stop_patience_s = stop_patience_s
         self._runs: dict[str, Run] = {}
         self._changed = threading.Condition()
         self._leaving = threading.Event()
@@ -154,7 +158,13 @@ class AttemptRunner:
         claim = self._patiently(lambda: self._claim(job_id), "claimed")
         if claim is None:
             return self._found(job_id, JobState.CANCELLED)
-        run = Run(claim.lease, claim.job, timeout_s=self._job_timeout_s, patience_s=self._abandon_after_s)
+        run = Run(
+            claim.lease,
+            claim.job,
+            timeout_s=self._job_timeout_s,
+            patience_s=self._abandon_after_s,
+            stop_patience_s=self._stop_patience_s,
+        )
         with self._hold(run), self._observed(run):
             return self._attempt(run, on_begun)
 
@@ -276,10 +286,9 @@ class AttemptRunner:
             # Its thread is busy outside the device, most likely with the loading of a model.
             logger.warning("Job %s is given back while its run goes on; the device is free.", run.lease.job_id)
         else:
-            self._on_stuck(
-                f"Job {run.lease.job_id} did not stop ({reason}); "
-                f"the device call in hand has lasted {stuck_for_s:.0f} s."
-            )
+            told = f"Job {run.lease.job_id} did not stop ({reason})."
+            if not self._host.end_by_force(told):
+                self._on_stuck(f"{told} The device call in hand has lasted {stuck_for_s:.0f} s.")
         # A cancelled run that never came back has in truth outlived its limit, but its caller gets what he asked for.
         return RunInterrupted(reason)
 

@@ -21,10 +21,10 @@ from omnirt_tasks.celery_app import TasksApp
 from omnirt_tasks.errors import ConfigurationError, OmnirtError
 from omnirt_tasks.observability import logs
 from omnirt_tasks.registry import discover
-from omnirt_tasks.routing import queues_served
+from omnirt_tasks.routing import queues_served, worker_tags
 from omnirt_tasks.settings import Settings
 from omnirt_tasks.tasks import GENERATE, send_job
-from workers.backends import driver
+from workers.backends.probing import probe_apart
 from workers.devices import DeviceLock, devices_of, take_device
 from workers.plan import BY_PREFERENCE, Plan, plan_for_backend, plan_for_queues
 from workers.tasks import GenerateTask
@@ -32,7 +32,6 @@ from workers.tasks import GenerateTask
 logger = logging.getLogger(__name__)
 
 CELERYS_OWN_NAME = "celery"
-EXIT_STUCK = 70
 TAKE_NOTHING = -1  # Celery takes 0 for the pool's size
 
 
@@ -43,6 +42,10 @@ class Seat:
     plan: Plan
     device: DeviceLock
 
+    def queues(self, settings: Settings) -> tuple[str, ...]:
+        """Every queue that it takes messages from, those of tags too. Raises ConfigurationError for a wrong tag."""
+        return queues_served(self.plan.queues, worker_tags(settings.tags, self.device.device))
+
 
 def find_seat(queues: Sequence[str], settings: Settings) -> Seat:
     """The seat of a worker with these `-Q` queues; without any, the best that this host has free.
@@ -50,15 +53,18 @@ def find_seat(queues: Sequence[str], settings: Settings) -> Seat:
     Raises ConfigurationError, saying what to change, when there is none.
     """
     if queues:
-        return _take(plan_for_queues(queues, discover(), settings), settings)
+        plan = plan_for_queues(queues, discover(), settings)
+        return _take(plan, _devices(plan.backend, settings), settings)
     reasons = []
     for backend in BY_PREFERENCE:
-        plan = plan_for_backend(backend, discover(), settings)
-        if plan is None or not _devices(backend, settings):
+        best = plan_for_backend(backend, discover(), settings)
+        if best is None:
             continue
         try:
-            return _take(plan, settings)
+            if devices := _devices(backend, settings):
+                return _take(best, devices, settings)
         except ConfigurationError as error:
+            logger.warning("%s", error)
             reasons.append(str(error))
     raise ConfigurationError(
         " ".join(reasons) or "This host has neither a device nor the weights for any model.",
@@ -66,17 +72,12 @@ def find_seat(queues: Sequence[str], settings: Settings) -> Seat:
     )
 
 
-def _take(plan: Plan, settings: Settings) -> Seat:
-    devices = _devices(plan.backend, settings)
+def _take(plan: Plan, devices: Sequence[str], settings: Settings) -> Seat:
     return Seat(plan, take_device(plan.backend, devices, wanted=settings.device, run_dir=settings.run_dir))
 
 
 def _devices(backend: str, settings: Settings) -> tuple[str, ...]:
-    try:
-        probed = driver(backend).probe()
-    except ConfigurationError:  # no driver for it in this installation
-        return ()
-    return devices_of(backend, probed, cpu_devices=settings.cpu_devices)
+    return devices_of(backend, probe_apart(backend), cpu_devices=settings.cpu_devices)
 
 
 class DeviceStep(bootsteps.StartStopStep):
@@ -89,31 +90,41 @@ class DeviceStep(bootsteps.StartStopStep):
         self._app: TasksApp = worker.app
         self._seat: Seat = worker.seat
         self._serving: Any = None
-        worker.app.amqp.queues.select(queues_served(self._seat.plan.queues, self._app.settings.tags))
+        worker.app.amqp.queues.select(self._seat.queues(self._app.settings))
 
     def start(self, worker: Any) -> None:
-        from workers.serving import Serving  # the device side, with its heavy imports, in workers alone
+        from workers.serving import Serving  # the device side, in workers alone
 
-        def stuck() -> None:
-            worker.max_concurrency = TAKE_NOTHING
-            worker.hub.call_soon(_shut_down)
+        ended: list[int] = []
 
+        def admit(messages: int) -> None:
+            """The admission limit of `worker_disable_prefetch`, from now on."""
+            worker.max_concurrency = messages if messages and not ended else TAKE_NOTHING
+            worker.hub.call_soon(_look_again)
+
+        def end(status: int) -> None:
+            ended.append(status)
+            admit(0)
+            worker.hub.call_soon(_shut_down, status)
+
+        worker.max_concurrency = TAKE_NOTHING  # until the device is there
         try:
             self._serving = Serving(
                 self._app.settings,
                 self._seat.plan,
                 self._seat.device,
+                queues=self._seat.queues(self._app.settings),
                 worker_id=worker.hostname,
                 concurrency=worker.concurrency,
                 resend=lambda job_id, queue: send_job(self._app, job_id, queue),
-                on_stuck=stuck,
+                on_available=admit,
+                on_ended=end,
             )
         except OmnirtError as error:
             logger.critical("%s", error)
             raise SystemExit(1) from error
         task: Any = self._app.tasks[GENERATE]
         task.runner = self._serving.runner
-        worker.max_concurrency = self._serving.concurrency  # the admission limit of `worker_disable_prefetch`
         signals.worker_ready.connect(self._announce, weak=False)
         signals.worker_shutting_down.connect(self._leave, weak=False)
 
@@ -137,8 +148,12 @@ class DeviceStep(bootsteps.StartStopStep):
             self._serving.leave(self._app.settings.grace_s if how == "Warm" else 0.0)
 
 
-def _shut_down() -> None:
-    raise WorkerShutdown(EXIT_STUCK)
+def _look_again() -> None:
+    """Nothing: the hub, once awake, sees the new limit by itself; asleep it would take up to a second."""
+
+
+def _shut_down(status: int) -> None:
+    raise WorkerShutdown(status)
 
 
 def _log_as(settings: Settings) -> Callable[..., None]:
@@ -161,6 +176,7 @@ def prepare(instance: Any, options: dict[str, Any], **_: Any) -> None:
     names = queues.split(",") if isinstance(queues, str) else list(queues)
     try:
         seat = find_seat(names, app.settings)
+        seat.queues(app.settings)
     except OmnirtError as error:
         raise SystemExit(str(error)) from error
     name, _at, host = instance.hostname.partition("@")

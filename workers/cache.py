@@ -1,14 +1,45 @@
-"""ModelCache: loaded models, pinned while in use, least recently used out first."""
+"""ModelCache: loaded models within a budget of memory, pinned while in use, least recently used out first.
 
+    use ─► line ─► admitted: pin + the model's bytes + the run's bytes, all at once ─► loaded ─► the run ─► let go
+            ▲  evict what nobody uses, or wait │
+            └──────────────────────────────────┘
+
+Whoever waits in the line holds nothing, so no two runs can wait for each other.
+"""
+
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Generic, TypeVar
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from workers.memory import MemoryBudget
+
+log = logging.getLogger(__name__)
+
+# How many later comers may be admitted before one who waits. Some, since a run on a model that is loaded costs no
+# load; no more, since ever-new ones would keep their model pinned, and whoever needs its place would wait for ever.
+OVERTAKES_MAX = 8
+
+
+class Loaded(Protocol):
+    """What a cache holds."""
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes of the device's memory."""
+        ...
+
+    @property
+    def close(self) -> Callable[[], object]:
+        """Ends what dropping it would not."""
+        ...
+
 
 K = TypeVar("K", bound=Hashable)
-V = TypeVar("V")
+V = TypeVar("V", bound=Loaded)
 
 # Lets a wait be woken: it is called with what wakes the wait, and is entered while the wait lasts.
 Wakeable = Callable[[Callable[[], object]], AbstractContextManager[None]]
@@ -20,28 +51,54 @@ def _never_woken(wake: Callable[[], object]) -> AbstractContextManager[None]:
 
 
 class _Entry(Generic[V]):
-    """A model that is loaded, or being loaded; guarded by the cache's condition."""
+    """A model that is loaded, or being loaded; guarded by the cache's condition.
 
-    def __init__(self) -> None:
-        self.model: Future[V] = Future()
+    `size_bytes` is an estimate until the model tells.
+    """
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
         self.pins = 0
+        self.loading = False
+        self.model: V | None = None
+        self.error: Exception | None = None
+
+
+@dataclass(eq=False)
+class _Waiter:
+    """A place in the line; `overtaken` counts the later comers that were admitted."""
+
+    overtaken: int = 0
 
 
 class ModelCache(Generic[K, V]):
-    """At most `size` models. One load per key however many ask at once; nobody else waits for it.
+    """At most `size` models, which with the runs on them take at most `budget_bytes`.
 
-    Where every place is taken by a model in use, the next load waits until one is let go.
+    One load per key however many ask at once; nobody else waits for it. Where neither room is free nor an unused
+    model to evict, a request waits; at most OVERTAKES_MAX later ones go first.
     Owns its entries; safe to share between threads.
     """
 
-    def __init__(self, size: int, on_evicted: Callable[[], object] = lambda: None) -> None:
-        """`on_evicted` runs after a model was dropped, in the thread that needs its place."""
+    def __init__(
+        self,
+        size: int,
+        on_evicted: Callable[[], object] = lambda: None,
+        *,
+        budget_bytes: int | None = None,
+    ) -> None:
+        """`on_evicted` gives back the memory of models that were dropped, in the thread that needs it.
+
+        Without `budget_bytes`, `size` is the only bound.
+        """
         if size < 1:
             raise ValueError(f"size {size}; a cache holds at least one model")
         self._size = size
         self._on_evicted = on_evicted
         self._changed = threading.Condition()
+        self._budget = MemoryBudget(budget_bytes)
         self._entries: OrderedDict[K, _Entry[V]] = OrderedDict()  # least recently used first
+        self._measured_bytes: dict[K, int] = {}
+        self._line: list[_Waiter] = []  # first come first
 
     @contextmanager
     def use(
@@ -49,105 +106,192 @@ class ModelCache(Generic[K, V]):
         key: K,
         load: Callable[[], V],
         *,
+        estimate_bytes: int = 0,
+        working_bytes: int = 0,
         check: Callable[[], object] = lambda: None,
         woken_by: Wakeable = _never_woken,
     ) -> Iterator[tuple[V, bool]]:
-        """The model, and whether it was loaded before; it stays while inside.
+        """The model, and whether it was loaded before; it stays while inside, and so do `working_bytes`.
 
-        A wait ends when `check` raises, which is asked whenever what `woken_by` was given is called.
-        Raises what `load` raises, to everyone who waited for it; a failed load leaves nothing.
+        `estimate_bytes` are set aside for a load, until the model tells its size. A wait ends when `check` raises,
+        which is asked whenever what `woken_by` was given is called.
+        Raises InsufficientMemory at once for what could never fit, or what `load` raises, to everyone who waited for
+        it; a failed load leaves nothing.
         """
-        entry, hit = self._pinned(key, load, check, woken_by)
+        with woken_by(self._wake):
+            entry, hit = self._admitted(key, estimate_bytes, working_bytes, check)
         try:
-            yield entry.model.result(), hit
+            self._loaded(key, entry, load, check, woken_by)
+            self._budget.require(entry.size_bytes, working_bytes)  # it may be larger than was estimated
+            yield _model(entry), hit
         finally:
-            self._unpin(entry)
+            self._let_go(key, entry, working_bytes)
 
-    def loaded(self) -> tuple[K, ...]:
-        """The keys of the models that are loaded now, least recently used first."""
+    def loaded(self) -> dict[K, int]:
+        """The models that are loaded now and their sizes in bytes, least recently used first."""
         with self._changed:
-            return tuple(key for key, entry in self._entries.items() if _is_loaded(entry))
+            return {key: entry.size_bytes for key, entry in self._entries.items() if entry.model is not None}
 
     def clear(self) -> None:
         """Drop every model that nobody uses."""
         with self._changed:
-            idle = [key for key, entry in self._entries.items() if not entry.pins]
-            for key in idle:
-                del self._entries[key]
-        if idle:
-            self._on_evicted()
+            idle = [self._entries.pop(key) for key in self._idle()]
+        self._drop(idle)
 
-    def _pinned(
-        self, key: K, load: Callable[[], V], check: Callable[[], object], woken_by: Wakeable
+    # In the line
+
+    def _admitted(
+        self, key: K, estimate_bytes: int, working_bytes: int, check: Callable[[], object]
     ) -> tuple[_Entry[V], bool]:
-        while True:
-            evicted = False
-            with woken_by(self._wake), self._changed:
-                while (entry := self._entries.get(key)) is None and not self._has_room():
-                    if self._evict():
-                        evicted = True
-                    else:
+        """Wait for room, and take it."""
+        waiter = _Waiter()
+        with self._changed:
+            self._line.append(waiter)
+        try:
+            while True:
+                with self._changed:
+                    while (evicted := self._make_room(waiter, key, estimate_bytes, working_bytes)) is None:
                         check()
                         self._changed.wait()
-                mine = entry is None
-                if entry is None:
-                    entry = self._entries[key] = _Entry()
-                entry.pins += 1
-                self._entries.move_to_end(key)
-                hit = entry.model.done()
-                try:
-                    while not mine and not entry.model.done():
-                        check()
-                        self._changed.wait()
-                except BaseException:
-                    entry.pins -= 1
-                    raise
-            if evicted:
-                self._on_evicted()
-            if mine:
-                self._load(key, entry, load)
-            if not entry.model.cancelled():
-                return entry, hit
-            self._unpin(entry)  # its loader was interrupted: whoever still wants the model loads it
+                    if not evicted:
+                        return self._take(waiter, key, estimate_bytes, working_bytes)
+                self._drop(evicted)
+        finally:
+            with self._changed:
+                self._line.remove(waiter)
+                self._changed.notify_all()
 
-    def _load(self, key: K, entry: _Entry[V], load: Callable[[], V]) -> None:
+    def _make_room(self, waiter: _Waiter, key: K, estimate_bytes: int, working_bytes: int) -> list[_Entry[V]] | None:
+        """The models taken out to make room: none where there is room. None when there is only waiting."""
+        entry = self._entries.get(key)
+        model_bytes = self._model_bytes(key, estimate_bytes)
+        self._budget.require(model_bytes, working_bytes)
+        if any(earlier.overtaken >= OVERTAKES_MAX for earlier in self._before(waiter)):
+            return None
+        more = 0 if entry is not None else 1
+        lacking_places = len(self._entries) + more - self._size
+        lacking_bytes = self._budget.lacking_bytes(working_bytes + more * model_bytes)
+        victims: list[K] = []
+        for idle in self._idle():
+            if lacking_places <= 0 and lacking_bytes <= 0:
+                break
+            if idle != key:
+                victims.append(idle)
+                lacking_places -= 1
+                lacking_bytes -= self._entries[idle].size_bytes
+        if lacking_places > 0 or lacking_bytes > 0:
+            return None  # to evict would not be enough
+        return [self._entries.pop(victim) for victim in victims]
+
+    def _take(self, waiter: _Waiter, key: K, estimate_bytes: int, working_bytes: int) -> tuple[_Entry[V], bool]:
+        for earlier in self._before(waiter):
+            earlier.overtaken += 1
+        entry = self._entries.get(key)
+        if entry is None:
+            entry = self._entries[key] = _Entry(self._model_bytes(key, estimate_bytes))
+            self._budget.take(entry.size_bytes)
+        self._budget.take(working_bytes)
+        entry.pins += 1
+        self._entries.move_to_end(key)
+        return entry, entry.model is not None
+
+    def _before(self, waiter: _Waiter) -> list[_Waiter]:
+        return self._line[: self._line.index(waiter)]
+
+    def _model_bytes(self, key: K, estimate_bytes: int) -> int:
+        if (entry := self._entries.get(key)) is not None:
+            return entry.size_bytes
+        return self._measured_bytes.get(key, estimate_bytes)
+
+    def _idle(self) -> list[K]:
+        return [key for key, entry in self._entries.items() if not entry.pins]
+
+    # Loading
+
+    def _loaded(
+        self, key: K, entry: _Entry[V], load: Callable[[], V], check: Callable[[], object], woken_by: Wakeable
+    ) -> None:
+        """See that the model is loaded, by this thread or another."""
+        with woken_by(self._wake), self._changed:
+            while entry.loading:
+                check()
+                self._changed.wait()
+            if entry.error is not None:
+                raise entry.error
+            if entry.model is not None:
+                return
+            entry.loading = True  # nobody has begun, or whoever did was interrupted
         try:
             model = load()
         except BaseException as error:
             with self._changed:
-                del self._entries[key]
-                entry.pins -= 1
+                entry.loading = False
                 if isinstance(error, Exception):
-                    entry.model.set_exception(error)
-                else:
-                    entry.model.cancel()
+                    entry.error = error
+                    self._forget(key, entry)
                 self._changed.notify_all()
             raise
         with self._changed:
-            entry.model.set_result(model)
+            self._budget.take(model.size_bytes - entry.size_bytes)
+            entry.size_bytes = self._measured_bytes[key] = model.size_bytes
+            entry.model, entry.loading = model, False
+            excess = self._excess()
             self._changed.notify_all()
+        self._drop(excess)
 
-    def _has_room(self) -> bool:
-        return len(self._entries) < self._size
+    def _excess(self) -> list[_Entry[V]]:
+        """Models taken out since one turned out larger than was estimated."""
+        excess: list[_Entry[V]] = []
+        lacking_bytes = self._budget.lacking_bytes()
+        for key in self._idle():
+            if lacking_bytes <= 0:
+                break
+            excess.append(self._entries.pop(key))
+            lacking_bytes -= excess[-1].size_bytes
+        return excess
 
-    def _evict(self) -> bool:
-        for key, entry in self._entries.items():
-            if not entry.pins and _is_loaded(entry):
-                del self._entries[key]
-                return True
-        return False
+    # Letting go
 
-    def _unpin(self, entry: _Entry[V]) -> None:
+    def _let_go(self, key: K, entry: _Entry[V], working_bytes: int) -> None:
         with self._changed:
             entry.pins -= 1
+            self._budget.give_back(working_bytes)
+            if not entry.pins and entry.model is None and entry.error is None:
+                self._forget(key, entry)  # whoever loaded it was interrupted, and nobody else wants it
+            if not entry.pins:
+                entry.error = None  # its traceback holds what was half loaded
+            excess = self._excess()
             self._changed.notify_all()
+        self._drop(excess)
+
+    def _forget(self, key: K, entry: _Entry[V]) -> None:
+        del self._entries[key]
+        self._budget.give_back(entry.size_bytes)
+
+    def _drop(self, evicted: list[_Entry[V]]) -> None:
+        """Close models that were taken out and give their memory back; outside the lock, for both may take long."""
+        if not evicted:
+            return
+        freed_bytes = sum(entry.size_bytes for entry in evicted)
+        for entry in evicted:
+            model, entry.model = _model(entry), None  # whoever used it last may still hold the entry
+            try:
+                model.close()
+            except Exception:
+                log.exception("a model could not be closed")
+            del model
+        try:
+            self._on_evicted()
+        finally:
+            with self._changed:
+                self._budget.give_back(freed_bytes)
+                self._changed.notify_all()
 
     def _wake(self) -> None:
         with self._changed:
             self._changed.notify_all()
 
 
-def _is_loaded(entry: _Entry[V]) -> bool:
-    if not entry.model.done() or entry.model.cancelled():
-        return False
-    return entry.model.exception() is None
+def _model(entry: _Entry[V]) -> V:
+    assert entry.model is not None, "a model that was taken out or lent is loaded"
+    return entry.model

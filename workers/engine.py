@@ -32,7 +32,7 @@ from omnirt_tasks.jobs.memory import MemoryFeed, MemoryJobStore
 from omnirt_tasks.jobs.store import Failed, JobQuery, Lease
 from omnirt_tasks.jobs.watch import wait_finished, watch
 from omnirt_tasks.registry import Catalog, discover
-from omnirt_tasks.routing import parse_queue, queues_served
+from omnirt_tasks.routing import parse_queue, queues_served, worker_tags
 from omnirt_tasks.settings import Settings, load_settings
 from omnirt_tasks.submission import Submission
 from omnirt_tasks.uploads import UploadStorage
@@ -209,15 +209,17 @@ class OmniEngine:
         """What this host could run, as workers of its own, so that routing prefers it."""
         fleet = MemoryFleet()
         for plan in self._plans.values():
+            probed, device = driver(plan.backend), f"{plan.backend}:0"
             capability = WorkerCapability(
                 worker_id=f"{WORKER_ID}-{plan.backend}",
                 backend=plan.backend,
-                device=f"{plan.backend}:0",
-                queues=queues_served(plan.queues, self._settings.tags),
+                device=device,
+                queues=queues_served(plan.queues, worker_tags(self._settings.tags, device)),
                 models=tuple(spec.id for spec in plan.models),
                 concurrency=self._max_concurrency,
                 tags=self._settings.tags,
-                dtypes=driver(plan.backend).probe()[0].dtypes,
+                dtypes=probed.probe()[0].dtypes,
+                features=probed.features(),
             )
             fleet.publish(capability, ttl_ms=FOREVER_MS)
         return fleet
@@ -260,6 +262,7 @@ class OmniEngine:
             folders=plan.folders,
             cache_size=self._pipeline_cache_size,
             concurrency=self._max_concurrency,
+            memory_budget_bytes=self._settings.memory_budget_bytes,
         )
         runner = AttemptRunner(
             store=self._store,

@@ -4,12 +4,14 @@ import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from omnirt_tasks.contract import Artifact, Event, EventName, GenerateResult, RunReport, TimelineEntry
+from omnirt_tasks.contract import Artifact, Backend, Event, EventName, GenerateResult, RunReport, TimelineEntry
 from omnirt_tasks.jobs.store import Lease, StoredJob
 from workers.host import OutputFile, RunFacts
 
 STREAM_EVENTS_MAX = 256
 BYTES_PER_MB = 1024 * 1024
+# What is done on the host's processor, whatever the device: pixels to files.
+STAGES_OF_THE_HOST = frozenset({"export"})
 
 
 def describe_outputs(
@@ -64,10 +66,15 @@ def make_result(
         timings=facts.timings_ms,
         memory={} if peak is None else {"peak_mb": round(peak / BYTES_PER_MB, 3)},
         backend_timeline=tuple(
-            TimelineEntry(backend=job.resolved.backend, stage=stage, started_at_ms=begun, ended_at_ms=ended)
+            TimelineEntry(
+                backend=Backend.CPU if stage in STAGES_OF_THE_HOST else job.resolved.backend,
+                stage=stage,
+                started_at_ms=begun,
+                ended_at_ms=ended,
+            )
             for stage, begun, ended in facts.stages
         ),
-        config_resolved=job.resolved.config,
+        config_resolved={**job.resolved.config, **facts.config_used},
         artifacts=artifacts,
         latent_stats=facts.latent_stats,
         cache_hits=facts.cache_hits,

@@ -12,7 +12,7 @@ class Run:
     """What the threads around one attempt tell each other. Safe to share between them.
 
     It may last `timeout_s`, and is waited for `patience_s` longer to end at its next device call. One that is given
-    back is waited for `patience_s` only.
+    back is waited for `patience_s` only, and one that is cancelled for `stop_patience_s` (None: as long as any).
     """
 
     def __init__(
@@ -22,12 +22,14 @@ class Run:
         *,
         timeout_s: float,
         patience_s: float,
+        stop_patience_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.lease = lease
         self.job = job
         self._deadline_s = clock() + timeout_s
         self._patience_s = patience_s
+        self._stop_patience_s = stop_patience_s
         self._clock = clock
         self._changed = threading.Event()
         self._guard = threading.Lock()
@@ -46,6 +48,8 @@ class Run:
                 self._reason = reason
             if reason is InterruptReason.GIVE_BACK:  # the worker leaves: no run is waited for any longer
                 self._abandon_at_s = min(self._abandon_at_s, self._clock() + self._patience_s)
+            elif first and reason is InterruptReason.CANCEL and self._stop_patience_s is not None:
+                self._abandon_at_s = min(self._abandon_at_s, self._clock() + self._stop_patience_s)
         self._changed.set()
         return first
 

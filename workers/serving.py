@@ -1,6 +1,8 @@
 """Everything that one worker process runs beside Celery, in the order in which it starts and ends.
 
 device host ─ attempts ─ cancel notices ─ reconciler ─ heartbeat
+
+The device host is a child process for every real backend, so that this process holds no torch.
 """
 
 import faulthandler
@@ -8,27 +10,27 @@ import logging
 import os
 import shutil
 import socket
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 
 from prometheus_client import CollectorRegistry
 
 from omnirt_tasks.clock import unix_ms
-from omnirt_tasks.contract import WorkerCapability
-from omnirt_tasks.errors import StoreUnavailable
+from omnirt_tasks.contract import Backend, WorkerCapability
+from omnirt_tasks.errors import ConfigurationError, StoreUnavailable
 from omnirt_tasks.jobs.store import EventFeed
 from omnirt_tasks.observability import tracing
 from omnirt_tasks.observability.metrics import DeviceMetrics, MetricsServer
-from omnirt_tasks.routing import queues_served
-from omnirt_tasks.settings import Settings
+from omnirt_tasks.settings import Placement, Settings
 from omnirt_tasks.stores import open_stores
 from workers.attempts import AttemptRunner
-from workers.backends import driver
 from workers.devices import DeviceLock
 from workers.heartbeat import Heartbeat
-from workers.host import DeviceHost
+from workers.host import DeviceHost, HostConfig
 from workers.plan import Plan
+from workers.process_host import ProcessHost, Recycling
 from workers.thread_host import ThreadHost
 
 logger = logging.getLogger(__name__)
@@ -38,13 +40,17 @@ SCRATCH_FOLDER = "scratch"
 LAST_WORDS_S = 15.0
 CLOSE_TIMEOUT_S = 5.0
 LISTEN_AGAIN_S = 0.5
+EXIT_STUCK = 70
+EXIT_UNUSABLE = 1
 
 
 class Serving:
     """A worker at work on its device, from construction to `close`.
 
-    `resend` puts a job's message on its queue. `on_stuck` is called once, from any thread, when the device does not
-    come back: the worker is to take no more messages, and to end.
+    `queues` are those that it takes messages from. `resend` puts a job's message on its queue. `on_available` is told,
+    from any thread, how many messages the worker is to take at once: none while no job could begin. `on_ended` is
+    called once, from any thread, when the device can serve no more, by its own fault (EXIT_STUCK) or the
+    configuration's (EXIT_UNUSABLE): the worker is to end with that status.
     """
 
     def __init__(
@@ -53,16 +59,22 @@ class Serving:
         plan: Plan,
         device: DeviceLock,
         *,
+        queues: Sequence[str],
         worker_id: str,
         concurrency: int,
         resend: Callable[[str, str], None],
-        on_stuck: Callable[[], None],
+        on_available: Callable[[int], object] = lambda _: None,
+        on_ended: Callable[[int], object],
     ) -> None:
         self._settings = settings
-        self._plan = plan
+        self._queues = tuple(queues)
         self._worker_id = worker_id
-        self._on_stuck = on_stuck
+        self._concurrency = concurrency
+        self._on_available = on_available
+        self._on_ended = on_ended
         self._stuck = threading.Lock()  # taken once, and never let go
+        self._announcing = threading.Lock()  # guards the two below
+        self._announced = self._available = False
         self._grace: threading.Timer | None = None
         self._started_at_ms = unix_ms()
         with ExitStack() as undo:
@@ -73,13 +85,9 @@ class Serving:
             registry = CollectorRegistry()
             if settings.metrics_port is not None:
                 undo.callback(MetricsServer(registry, host=settings.metrics_host, port=settings.metrics_port).close)
-            self._host: DeviceHost = ThreadHost(
-                backend=driver(plan.backend, device.device, settings.torch_threads),
-                models=plan.models,
-                folders=plan.folders,
-                cache_size=settings.pipeline_cache_size,
-                concurrency=concurrency,
-            )
+            config = host_config(settings, plan, device.device, concurrency)
+            apart = placement_of(settings, plan.backend) is Placement.PROCESS
+            self._host: DeviceHost = self._child(config) if apart else ThreadHost.from_config(config)
             undo.callback(self._host.close, CLOSE_TIMEOUT_S)
             # This device's own: what a predecessor left there is nobody's.
             scratch_dir = settings.run_dir / SCRATCH_FOLDER / device.device.replace(":", "-")
@@ -95,6 +103,7 @@ class Serving:
                 job_timeout_s=settings.job_timeout_s,
                 preview_every_steps=settings.preview_every_steps,
                 on_stuck=self._stick,
+                stop_patience_s=settings.stop_patience_s if apart else None,
                 execution_mode=plan.execution_mode,
                 tracing=tracer,
                 metrics=DeviceMetrics(registry),
@@ -122,15 +131,14 @@ class Serving:
             self._heartbeat = Heartbeat(stores.fleet, self._capability, every_s=settings.heartbeat_s)
             undo.callback(self._heartbeat.close)
             self._undo = undo.pop_all()
-
-    @property
-    def concurrency(self) -> int:
-        """The most jobs that the device is given at once."""
-        return self._host.capability().concurrency
+        if not apart:
+            self._set_available(True)
 
     def announce(self) -> None:
-        """Say that this worker takes jobs: routing counts on it from now on. Idempotent."""
-        self._heartbeat.start()
+        """Say that this worker takes jobs, once its device does: routing counts on it from then on. Idempotent."""
+        with self._announcing:
+            self._announced = True
+            self._begin_heartbeat()
 
     def leave(self, grace_s: float) -> None:
         """No new job is routed here; those in hand may end by themselves for `grace_s`, then they are given back.
@@ -155,6 +163,27 @@ class Serving:
             # A thread that hangs in the device would keep the process: show where, and end it.
             faulthandler.dump_traceback_later(1.0, exit=True, file=2)
 
+    def _child(self, config: HostConfig) -> ProcessHost:
+        return ProcessHost(
+            config,
+            log_level=self._settings.log_level,
+            log_json=self._settings.log_json,
+            recycling=Recycling(self._settings.recycle_after_jobs, self._settings.recycle_above_bytes),
+            on_line=_relay,
+            on_available=self._set_available,
+            on_unusable=lambda _: self._on_ended(EXIT_UNUSABLE),
+        )
+
+    def _set_available(self, available: bool) -> None:
+        self._on_available(self._concurrency if available else 0)
+        with self._announcing:
+            self._available = available
+            self._begin_heartbeat()
+
+    def _begin_heartbeat(self) -> None:
+        if self._announced and self._available:
+            self._heartbeat.start()
+
     def _stick(self, detail: str) -> None:
         if not self._stuck.acquire(blocking=False):
             return
@@ -162,7 +191,7 @@ class Serving:
         faulthandler.dump_traceback_later(LAST_WORDS_S, exit=True, file=2)
         self._heartbeat.withdraw()
         self.runner.give_back_all()
-        self._on_stuck()
+        self._on_ended(EXIT_STUCK)
 
     def _capability(self) -> WorkerCapability:
         host = self._host.capability()
@@ -172,17 +201,53 @@ class Serving:
             device=host.device,
             device_name=host.device_name,
             memory_bytes=host.memory_bytes,
-            queues=queues_served(self._plan.queues, self._settings.tags),
+            memory_budget_bytes=host.memory_budget_bytes,
+            queues=self._queues,
             models=host.models,
             loaded=host.loaded,
             concurrency=host.concurrency,
             running=self.runner.running,
             tags=self._settings.tags,
             dtypes=host.dtypes,
+            features=host.features,
+            abilities=dict(host.abilities),
             pid=os.getpid(),
             host=socket.gethostname(),
             started_at_ms=self._started_at_ms,
         )
+
+
+def placement_of(settings: Settings, backend: str) -> Placement:
+    """Where the device side of a worker for this backend lives."""
+    if settings.placement is not Placement.AUTO:
+        return settings.placement
+    return Placement.THREAD if backend == Backend.CPU_STUB else Placement.PROCESS
+
+
+def host_config(settings: Settings, plan: Plan, device: str, concurrency: int) -> HostConfig:
+    """What the device side of a worker is made from. Raises ConfigurationError for a warm-up that it cannot serve."""
+    served = tuple(spec.id for spec in plan.models)
+    if strange := [model for model in settings.warm_up if model not in served]:
+        raise ConfigurationError(
+            f"OMNIRT_WARM_UP names {', '.join(strange)}; this worker serves {', '.join(served)}.",
+            "Name some of these, or serve their queues too.",
+        )
+    return HostConfig(
+        backend=plan.backend,
+        device=device,
+        models=served,
+        folders=plan.folders,
+        cache_size=settings.pipeline_cache_size,
+        concurrency=concurrency,
+        torch_threads=settings.torch_threads,
+        memory_budget_bytes=settings.memory_budget_bytes,
+        warm_up=settings.warm_up,
+    )
+
+
+def _relay(line: str) -> None:
+    """What the child writes is written here: it logs as this process does."""
+    sys.stderr.write(f"{line}\n")
 
 
 def _hear_cancels(feed: EventFeed, cancel: Callable[[str], None], closing: threading.Event) -> None:

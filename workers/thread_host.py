@@ -8,20 +8,26 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Self
 
 from omnirt_tasks.contract import ErrorInfo
 from omnirt_tasks.errors import ConfigurationError, Internal, ModelFailed, OmnirtError, OutOfMemory
 from omnirt_tasks.observability.logs import bound
-from omnirt_tasks.registry import LoadRequest, ModelSpec
-from workers.backends import BackendDriver
+from omnirt_tasks.registry import LoadRequest, ModelSpec, discover
+from omnirt_tasks.registry.footprint import run_working_bytes
+from omnirt_tasks.registry.work import megapixel_steps
+from workers.backends import BackendDriver, DeviceInfo, driver
 from workers.cache import ModelCache
 from workers.context import Interrupted, JobContext
 from workers.device import DeviceThread
 from workers.executors import Executor, LoadedModel, executor_for
 from workers.host import (
     DeviceCapability,
+    HostConfig,
     HostHealth,
     InterruptReason,
     OnEvent,
@@ -32,16 +38,14 @@ from workers.host import (
     RunOutcome,
     RunSucceeded,
 )
+from workers.loading import ModelKey, Shelf
+from workers.pace import Pace
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ModelKey:
-    """What tells loaded models apart: weights and number format, not the task."""
-
-    weights: str
-    dtype: str
+# What models and runs may take of a device's memory; the rest is for the libraries, and for what nobody counts.
+BUDGET_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -64,29 +68,71 @@ class ThreadHost:
         folders: Mapping[str, Path],
         cache_size: int,
         concurrency: int,
+        memory_budget_bytes: int | None = None,
+        warm_up: Sequence[str] = (),
     ) -> None:
         """Take the device.
 
         `models` are those that this host serves and can run, `folders` where their weights lie, by model id; the stub
-        has none. `cache_size` is the most models kept loaded, `concurrency` the most runs it is to be given at once.
-        Raises ConfigurationError when the backend has no such device here.
+        has none. `cache_size` is the most models kept loaded, `memory_budget_bytes` the most that they and the runs
+        take of the device's memory together (nine tenths of it by default), `concurrency` the most runs the host is to
+        be given at once. `warm_up` names the models that `warm_up` loads.
+        Raises ConfigurationError when the backend has no such device here, or no room for all of `warm_up`.
         """
         self._driver = backend
-        self._models = {spec.id: spec for spec in models}
-        self._folders = dict(folders)
         self._concurrency = concurrency
-        self._info = next((info for info in backend.probe() if info.device == backend.device), None)
-        if self._info is None:
+        self._info = _device_of(backend)
+        self._features = backend.features()
+        self._shelf = Shelf(models, folders, self._info, backend.torch_device)
+        if len(warm_up) > cache_size:
             raise ConfigurationError(
-                f"This host has no device {backend.device!r} of the backend {backend.name!r}.",
-                "Install the backend's software, or name a device that is there.",
+                f"{len(warm_up)} models are to be loaded first ({', '.join(warm_up)}), and {cache_size} are kept.",
+                "Set OMNIRT_PIPELINE_CACHE_SIZE to that many, or name fewer in OMNIRT_WARM_UP.",
             )
+        self._warm_up = tuple(warm_up)
+        self._budget_bytes = memory_budget_bytes
+        if memory_budget_bytes is None and self._info.memory_bytes is not None:
+            self._budget_bytes = int(BUDGET_SHARE * self._info.memory_bytes)
         self._executors: dict[str, Executor] = {}
-        self._cache: ModelCache[ModelKey, LoadedModel] = ModelCache(cache_size, backend.release)
+        self._cache: ModelCache[ModelKey, LoadedModel] = ModelCache(
+            cache_size, backend.release, budget_bytes=self._budget_bytes
+        )
+        self._pace = Pace()
+        self._broken_loads: set[int] = set()  # the threads whose load broke off; adding and discarding are atomic
         self._lock = threading.Lock()  # guards the runs, the executors and the closing
         self._runs: list[_Run] = []
         self._closed = False
         self._device = DeviceThread(backend)
+
+    @classmethod
+    def from_config(cls, config: HostConfig, models: Sequence[ModelSpec] | None = None) -> Self:
+        """The host that the config describes; `models` are the specs of its ids, from the catalog by default.
+
+        Raises ConfigurationError as the constructor does, or ModelNotFound.
+        """
+        if models is None:
+            catalog = discover()
+            models = [catalog.find(model) for model in config.models]
+        return cls(
+            backend=driver(config.backend, config.device, config.torch_threads),
+            models=models,
+            folders=config.folders,
+            cache_size=config.cache_size,
+            concurrency=config.concurrency,
+            memory_budget_bytes=config.memory_budget_bytes,
+            warm_up=config.warm_up,
+        )
+
+    def warm_up(self) -> None:
+        """Load the models that this was asked of, each as most of its jobs want it. Raises what fails."""
+        for model in self._warm_up:
+            spec = self._shelf.spec(model)
+            with self._driver.guard(), self._in_use(spec, self._shelf.default_request(spec)):
+                pass
+
+    def unload_idle(self) -> None:
+        """Give back the memory of every model that no run uses."""
+        self._cache.clear()
 
     def submit(self, order: RunOrder, on_event: OnEvent) -> "Future[RunOutcome]":
         outcome: Future[RunOutcome] = Future()
@@ -119,17 +165,18 @@ class ThreadHost:
         return False  # nothing ends a thread
 
     def capability(self) -> DeviceCapability:
-        assert self._info is not None
-        loaded = {key.weights for key in self._cache.loaded()}
         return DeviceCapability(
             backend=self._driver.name,
             device=self._info.device,
             device_name=self._info.name,
             memory_bytes=self._info.memory_bytes,
             dtypes=self._info.dtypes,
-            models=tuple(sorted(self._models)),
-            loaded=tuple(sorted(model for model in self._models if self._weights(model) in loaded)),
+            models=self._shelf.ids,
+            loaded=self._shelf.ids_loaded(self._cache.loaded()),
             concurrency=self._concurrency,
+            memory_budget_bytes=self._budget_bytes,
+            features=self._features,
+            abilities=self._shelf.abilities(self._pace.seconds_per_unit),
         )
 
     def health(self) -> HostHealth:
@@ -162,6 +209,7 @@ class ThreadHost:
         try:
             with bound(job_id=order.job_id, model=order.request.model):
                 result = self._outcome(job)
+                self._tidy()
         finally:  # whoever waits gets an outcome, even when telling of an error fails
             with self._lock:
                 self._runs = [run for run in self._runs if run.job is not job]
@@ -180,28 +228,26 @@ class ThreadHost:
         return self._failed(job, info)
 
     def _succeeded(self, job: JobContext) -> RunSucceeded:
-        order = job.order
+        order, config = job.order, job.order.request.config
         job.check()
-        spec = self._spec(order.request.model)
+        spec = self._shelf.spec(order.request.model)
         executor = self._executor(spec)
-        request = self._load_request(spec, order)
+        request = replace(self._shelf.load_request(spec, config), loaded_part=job.loaded_part)
         job.stage("load")
-        with self._cache.use(
-            ModelKey(self._weights(spec.id), request.dtype),
-            lambda: executor.load(spec, request),
-            check=job.check,
-            woken_by=job.woken_by,
-        ) as (model, hit):
+        with self._in_use(spec, request, job) as (model, hit):
             if hit:
                 job.cache_hit(spec.id)
-            outputs = executor.run(model, order, job)
+            with self._pace.measured(spec.id, megapixel_steps(order.request)):
+                outputs = executor.run(model, order, job)
             job.end_stage()
             placement = dict(model.placement)
+            del model  # once it is let go, another run may evict it and count on its memory
         facts = RunFacts(
             execution_mode=spec.execution_mode,
             timings_ms=dict(job.timings_ms),
             stages=tuple(job.stages),
             device_placement=placement,
+            config_used={"device": self._info.device} if "device" in config else {},
             cache_hits=tuple(job.cache_hits),
             peak_memory_bytes=self._driver.peak_memory_bytes(),
             latent_stats=job.latent_stats,
@@ -240,27 +286,46 @@ class ThreadHost:
                 self._executors[mode] = executor_for(self._driver.name, mode)
             return self._executors[mode]
 
-    def _spec(self, model: str) -> ModelSpec:
-        spec = self._models.get(model)
-        if spec is None:
-            raise ModelFailed(
-                f"This worker does not serve the model {model!r} on {self._driver.name}, or has not its weights.",
-                "The operator names their folder in OMNIRT_MODEL_FOLDERS.",
-            )
-        return spec
+    def _in_use(
+        self, spec: ModelSpec, request: LoadRequest, job: JobContext | None = None
+    ) -> AbstractContextManager[tuple[LoadedModel, bool]]:
+        """The model and whether it was loaded before, kept with what the job needs beside it; None is no job."""
+        key, load = self._shelf.key(spec, request), partial(self._load, spec, request)
+        estimate_bytes = self._shelf.estimate_bytes(spec, request.dtype)
+        if job is None:
+            return self._cache.use(key, load, estimate_bytes=estimate_bytes)
+        return self._cache.use(
+            key,
+            load,
+            estimate_bytes=estimate_bytes,
+            working_bytes=run_working_bytes(spec, job.order.request),
+            check=job.check,
+            woken_by=job.woken_by,
+        )
 
-    def _load_request(self, spec: ModelSpec, order: RunOrder) -> LoadRequest:
-        assert self._info is not None
-        dtype = str(order.request.config.get("dtype", "fp32"))
-        if dtype not in self._info.dtypes:  # another would make the report tell what did not happen
-            raise ModelFailed(
-                f"The device {self._info.device} does not compute in {dtype}.",
-                f"Ask for the dtype {' or '.join(self._info.dtypes)}.",
-            )
-        return LoadRequest(self._folders.get(spec.id, Path()), self._driver.torch_device, dtype)
+    def _load(self, spec: ModelSpec, request: LoadRequest) -> LoadedModel:
+        self._shelf.require_sound(spec)
+        try:
+            return self._executor(spec).load(spec, request)
+        except BaseException:
+            self._broken_loads.add(threading.get_ident())
+            raise
 
-    def _weights(self, model: str) -> str:
-        return str(self._folders.get(model, f"model:{model}"))
+    def _tidy(self) -> None:
+        """Give back what a load of this thread held when it broke off; its error, which held it too, has gone."""
+        if (thread := threading.get_ident()) in self._broken_loads:
+            self._broken_loads.discard(thread)
+            self._driver.release()
+
+
+def _device_of(backend: BackendDriver) -> DeviceInfo:
+    for info in backend.probe():
+        if info.device == backend.device:
+            return info
+    raise ConfigurationError(
+        f"This host has no device {backend.device!r} of the backend {backend.name!r}.",
+        "Install the backend's software, or name a device that is there.",
+    )
 
 
 def _broken_off() -> ErrorInfo:

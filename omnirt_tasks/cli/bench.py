@@ -14,7 +14,7 @@ from omnirt_tasks.bench.figures import Table
 def bench(ctx: click.Context) -> None:
     """Measure this installation; without a name, everything. Tables go to standard output, as Markdown."""
     if ctx.invoked_subcommand is None:
-        for command in (submit, latency, stream, memory):
+        for command in (submit, latency, stream, memory, models):
             ctx.invoke(command)
 
 
@@ -55,6 +55,29 @@ def memory(jobs: int) -> None:
     from omnirt_tasks.bench import memory as module
 
     _run("memory", module.measure(jobs), jobs)
+
+
+@bench.command()
+@click.option("--rounds", default=5, show_default=True, help="Turns of each side.")
+@click.option("--pictures", default=8, show_default=True, help="Of a turn.")
+@click.option("--steps", default=30, show_default=True)
+@click.option("--device", default="cuda:0", show_default=True)
+def device(rounds: int, pictures: int, steps: int, device: str) -> None:
+    """Pictures a second of an SDXL-sized model on a GPU, against the raw pipeline; only where it is named."""
+    from omnirt_tasks.bench import device as module
+
+    _run("device", module.measure(rounds, pictures, steps, device), rounds)
+
+
+@bench.command()
+@click.option("--pictures", default=60, show_default=True, help="Pictures made in each way.")
+@click.option("--switches", default=200, show_default=True, help="How often the model changes.")
+@click.option("--torch-threads", default=1, show_default=True)
+def models(pictures: int, switches: int, torch_threads: int) -> None:
+    """Loads, switches of the model and their memory, and what the host adds to a picture."""
+    from omnirt_tasks.bench import models as module
+
+    _run("models", module.measure(pictures, switches, torch_threads), module.steps(pictures, switches))
 
 
 def _run(name: str, measuring: Iterator[int | Table], total: int) -> None:

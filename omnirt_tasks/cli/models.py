@@ -16,10 +16,14 @@ from omnirt_tasks.settings import load_settings
 @click.command()
 @click.option("--task", type=click.Choice([task.value for task in Task]), help="Only models that do this.")
 @click.option("--tier", type=click.Choice([tier.value for tier in Tier]), help="Only models of this tier.")
+@click.option("--markdown", "as_markdown", is_flag=True, help="This installation's, as docs/models.md shows them.")
 @url_option
 @json_option
-def models(task: str | None, tier: str | None, url: str | None, as_json: bool) -> None:
+def models(task: str | None, tier: str | None, as_markdown: bool, url: str | None, as_json: bool) -> None:
     """List the models: those of this installation, or of a gateway (--url, OMNIRT_URL)."""
+    if as_markdown:
+        _print_markdown()
+        return
     settings = load_settings()
     wanted = None if task is None else Task(task)
     of_tier = None if tier is None else Tier(tier)
@@ -56,6 +60,13 @@ def _local_models(task: Task | None, tier: Tier | None) -> tuple[JsonObject, ...
         }
         for spec in discover().having(task=task, tier=tier)
     )
+
+
+def _print_markdown() -> None:
+    from omnirt_tasks.registry import discover
+    from omnirt_tasks.registry.table import markdown
+
+    click.echo(markdown(discover()))
 
 
 def _listed(value: object) -> str:

@@ -1,18 +1,20 @@
 """Stable Diffusion XL: base, refiner and turbo. The weights are the operator's (`OMNIRT_MODEL_FOLDERS`)."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from omnirt_tasks.contract import ArtifactKind, Backend, ExecutionMode, Task, Tier
 from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.registry import options
 from omnirt_tasks.registry.loading import load_diffusers
 from omnirt_tasks.registry.runnable import DiffusersModel
-from omnirt_tasks.registry.spec import LoadRequest, ModelSpec, Option, TaskSpec
+from omnirt_tasks.registry.spec import LoadRequest, ModelSpec, TaskSpec, Verification
 
 GIB = 1024**3
+SIZE_PX = 1024
 SIZE_MAX_PX = 2048
-SCHEDULERS = ("euler-discrete", "ddim", "dpm-solver", "euler-ancestral", "native")
+# Measured: at its widest, decoding holds three maps of 256 channels for each pixel. In four bytes, whatever the dtype:
+# this VAE overflows in half precision, and is kept in fp32.
+WORKING_BYTES_PER_PIXEL = 3_088
 
 _CLASSES = {
     Task.TEXT2IMAGE: "StableDiffusionXLPipeline",
@@ -22,39 +24,33 @@ _CLASSES = {
 
 
 def load(spec: ModelSpec, request: LoadRequest) -> DiffusersModel:
-    """A pipeline for each task, from a classic folder of safetensors. Raises OSError when the folder is not whole."""
-    return load_diffusers({task: _CLASSES[task] for task in spec.tasks}, request)
+    """A pipeline for each task and their blocks, from a classic folder of safetensors; see `load_diffusers`."""
+    return load_diffusers({task: _CLASSES[task] for task in spec.tasks}, request, blocks="StableDiffusionXLAutoBlocks")
 
 
 def _task(
-    task: Task,
-    *,
-    strength: float = 0.0,
+    *pictures: str,
+    strength: float | None = None,
     steps: int = 30,
     guidance: float = 7.5,
     scheduler: str = "euler-discrete",
-    **more: Any,
+    presets: Mapping[str, JsonObject] | None = None,
 ) -> TaskSpec:
-    pictures = {Task.TEXT2IMAGE: (), Task.IMAGE2IMAGE: ("image",), Task.INPAINT: ("image", "mask")}[task]
-    fields: list[Option] = [
-        options.preset(),
-        options.seed(),
-        options.steps(steps),
-        options.guidance(guidance),
-        options.pictures(),
-        options.size("width", 1024, maximum_px=SIZE_MAX_PX),
-        options.size("height", 1024, maximum_px=SIZE_MAX_PX),
-        options.scheduler(scheduler, SCHEDULERS),
-        options.dtype("fp16"),
-    ]
-    if pictures:
-        fields.append(options.strength(strength))
     return TaskSpec(
         required_inputs=(*pictures, "prompt"),
         optional_inputs=("negative_prompt",),
-        options=options.by_name(fields),
+        options=options.picture_options(
+            SIZE_PX,
+            SIZE_PX,
+            maximum_px=SIZE_MAX_PX,
+            steps=steps,
+            guidance=guidance,
+            scheduler=scheduler,
+            schedulers=options.SCHEDULERS,
+            strength=strength,
+        ),
         artifact_kind=ArtifactKind.IMAGE,
-        **more,
+        presets=presets or {},
     )
 
 
@@ -66,11 +62,14 @@ def _model(model_id: str, summary: str, tasks: Mapping[Task, TaskSpec], tier: Ti
         summary=summary,
         tasks=tasks,
         backends=(Backend.CUDA, Backend.ASCEND, Backend.CPU),
-        execution_mode=ExecutionMode.LEGACY_CALL,
+        execution_mode=ExecutionMode.MODULAR,
         tier=tier,
         status=status,
         min_memory_bytes=gib * GIB,
+        working_bytes_per_pixel=WORKING_BYTES_PER_PIXEL,
         loader=load,
+        verified=Verification.TINY_WEIGHTS,
+        adapters=("lora",),
     )
 
 
@@ -87,9 +86,9 @@ SPECS = (
         "sdxl-base-1.0",
         "Stable Diffusion XL base: pictures of about a megapixel.",
         {
-            Task.TEXT2IMAGE: _task(Task.TEXT2IMAGE),
-            Task.IMAGE2IMAGE: _task(Task.IMAGE2IMAGE, strength=0.8),
-            Task.INPAINT: _task(Task.INPAINT, strength=1.0),
+            Task.TEXT2IMAGE: _task(),
+            Task.IMAGE2IMAGE: _task("image", strength=0.8),
+            Task.INPAINT: _task("image", "mask", strength=1.0),
         },
         tier=Tier.ADJACENT,
         status="stable",
@@ -98,7 +97,7 @@ SPECS = (
     _model(
         "sdxl-refiner-1.0",
         "Stable Diffusion XL refiner: adds detail to a picture.",
-        {Task.IMAGE2IMAGE: _task(Task.IMAGE2IMAGE, strength=0.3)},
+        {Task.IMAGE2IMAGE: _task("image", strength=0.3)},
         tier=Tier.ADJACENT,
         status="beta",
         gib=12,
@@ -106,11 +105,7 @@ SPECS = (
     _model(
         "sdxl-turbo",
         "Stable Diffusion XL distilled to one to four steps.",
-        {
-            Task.TEXT2IMAGE: _task(
-                Task.TEXT2IMAGE, steps=4, guidance=0.0, scheduler="euler-ancestral", presets=_TURBO_PRESETS
-            )
-        },
+        {Task.TEXT2IMAGE: _task(steps=4, guidance=0.0, scheduler="euler-ancestral", presets=_TURBO_PRESETS)},
         tier=Tier.EXPERIMENTAL,
         status="beta",
         gib=10,

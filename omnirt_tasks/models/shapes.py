@@ -6,13 +6,13 @@ from omnirt_tasks.contract import ArtifactKind, Backend, ExecutionMode, Task, Ti
 from omnirt_tasks.registry import options
 from omnirt_tasks.registry.loading import load_diffusers
 from omnirt_tasks.registry.runnable import DiffusersModel
-from omnirt_tasks.registry.spec import LoadRequest, ModelSpec, TaskSpec
+from omnirt_tasks.registry.spec import LoadRequest, ModelSpec, TaskSpec, Verification
 
 SIZE_PX = 64
 
 
 def load(spec: ModelSpec, request: LoadRequest) -> DiffusersModel:
-    """The SDXL pipeline of the shipped weights. Raises OSError when the folder is not whole."""
+    """The SDXL pipeline of the shipped weights; see `load_diffusers`."""
     return load_diffusers({Task.TEXT2IMAGE: "StableDiffusionXLPipeline"}, request)
 
 
@@ -26,21 +26,17 @@ SPECS = (
             Task.TEXT2IMAGE: TaskSpec(
                 required_inputs=("prompt",),
                 optional_inputs=("negative_prompt",),
-                options=options.by_name(
-                    (
-                        options.preset(),
-                        options.seed(),
-                        options.steps(20),
-                        options.guidance(),
-                        options.pictures(),
-                        # It was trained on this one size; the field is there so that a client may state it.
-                        options.size("width", SIZE_PX, minimum_px=SIZE_PX, maximum_px=SIZE_PX),
-                        options.size("height", SIZE_PX, minimum_px=SIZE_PX, maximum_px=SIZE_PX),
-                        options.scheduler(
-                            "native", ("native", "euler-discrete", "ddim", "dpm-solver", "euler-ancestral")
-                        ),
-                        options.dtype("fp32"),
-                    )
+                # It was trained on this one size; the fields are there so that a client may state it.
+                options=options.picture_options(
+                    SIZE_PX,
+                    SIZE_PX,
+                    minimum_px=SIZE_PX,
+                    maximum_px=SIZE_PX,
+                    steps=20,
+                    guidance=7.5,
+                    schedulers=options.SCHEDULERS,
+                    dtype="fp32",
+                    tiling=False,  # one tile covers its pictures
                 ),
                 artifact_kind=ArtifactKind.IMAGE,
             )
@@ -52,5 +48,6 @@ SPECS = (
         status="stable",
         weights=Path(__file__).parent / "weights" / "shapes",
         loader=load,
+        verified=Verification.REAL_WEIGHTS,
     ),
 )

@@ -5,6 +5,7 @@ from omnirt_tasks.registry import options
 from omnirt_tasks.registry.spec import ModelSpec, Option, OptionKind, TaskSpec
 
 HOUR_MS = 3_600_000
+CRASHES = ("kill", "segv", "exit", "abort", "memory", "hold-gil")
 
 
 def _at_step(name: str, summary: str) -> Option:
@@ -30,6 +31,7 @@ SPECS = (
                         options.pictures(),
                         options.size("width", 64, maximum_px=512),
                         options.size("height", 64, maximum_px=512),
+                        options.device(),
                         Option("step_ms", OptionKind.NUMBER, 0.0, "What a step costs.", 0, HOUR_MS, unit="ms"),
                         Option(
                             "item_ms", OptionKind.NUMBER, 0.0, "What each member adds to a step.", 0, HOUR_MS, unit="ms"
@@ -48,7 +50,16 @@ SPECS = (
                         _at_step("stall_at_step", "The step before which the job idles off the device, for stall_ms."),
                         Option("stall_ms", OptionKind.NUMBER, 1_000.0, "How long it idles.", 0, HOUR_MS, unit="ms"),
                         _at_step("hang_at_step", "The step that never returns."),
-                        _at_step("crash_at_step", "The step that kills its process."),
+                        _at_step("crash_at_step", "The step that ends its process, or holds it for ever."),
+                        Option("crash", OptionKind.TEXT, "kill", "How that step does it.", choices=CRASHES),
+                        Option(
+                            "crash_attempts",
+                            OptionKind.INTEGER,
+                            1_000,
+                            "The last attempt that does it.",
+                            minimum=1,
+                            maximum=1_000,
+                        ),
                     )
                 ),
                 artifact_kind=ArtifactKind.IMAGE,

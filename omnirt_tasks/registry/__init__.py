@@ -8,6 +8,7 @@ from omnirt_tasks.registry.runnable import (
     ProgramRun,
     RankGroup,
     RankJob,
+    RankModel,
     RankOutput,
     RankStart,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "ProgramRun",
     "RankGroup",
     "RankJob",
+    "RankModel",
     "RankOutput",
     "RankStart",
     "TaskSpec",

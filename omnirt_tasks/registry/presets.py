@@ -1,6 +1,9 @@
 """Presets: named settings of quality against time; the later table wins."""
 
+from collections.abc import Mapping
 from types import MappingProxyType
+
+from pydantic import JsonValue
 
 from omnirt_tasks.contract import Task
 from omnirt_tasks.contract.base import JsonObject
@@ -45,3 +48,8 @@ BY_TASK: MappingProxyType[Task, dict[str, JsonObject]] = MappingProxyType(
         Task.IMAGE2VIDEO: _IMAGE2VIDEO,
     }
 )
+
+
+def whichever(**settings: JsonValue) -> Mapping[str, JsonObject]:
+    """A model's own settings that hold under every preset: the shared ones would spoil what it makes."""
+    return MappingProxyType({preset: dict(settings) for preset in PRESETS})

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from omnirt_tasks.contract import ArtifactKind, Inputs, Task
 from omnirt_tasks.contract.base import JsonObject
@@ -60,7 +60,7 @@ class Program:
 class Launcher(StrEnum):
     """What starts the processes of a rank group."""
 
-    PYTHON = "python"  # one rank, without torch.distributed
+    PYTHON = "python"  # one rank, without torch
     TORCHRUN = "torchrun"
     ACCELERATE = "accelerate"
 
@@ -69,7 +69,8 @@ class Launcher(StrEnum):
 class RankGroup:
     """Processes that keep one model and run one job at a time, together.
 
-    `entry` is "module:Class" of a `RankModel`, which every rank makes once and calls for every job.
+    `entry` is "module:Class" of a `RankModel`, which every rank makes once and calls for every job. Where there are
+    several, `torch.distributed` is set up before: gloo for the CPU, and the device's own backend beside it.
     """
 
     entry: str
@@ -79,7 +80,7 @@ class RankGroup:
 
 @dataclass(frozen=True)
 class RankStart:
-    """What a rank makes its model from; `rank` counts from 0 to `ranks` - 1."""
+    """What a rank makes its model from; `rank` counts from 0 to `ranks` - 1, and `device` is the rank's own."""
 
     folder: Path
     device: str
@@ -113,6 +114,22 @@ class RankOutput:
     width: int | None = None
     height: int | None = None
     num_frames: int | None = None
+
+
+class RankModel(Protocol):
+    """A family's model as one rank keeps it. It is made and called in the first thread of the rank's process."""
+
+    def __init__(self, start: RankStart) -> None:
+        """Load the rank's part."""
+        ...
+
+    def run(self, job: RankJob) -> Sequence[RankOutput]:
+        """The rank's part of the job; what rank 0 returns counts.
+
+        Raises a JobError or CallerError for what the job's caller is to know, in every rank; what `job.tell` raises is
+        to be let through.
+        """
+        ...
 
 
 Runnable = DiffusersModel | Program | RankGroup

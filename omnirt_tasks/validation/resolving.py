@@ -26,12 +26,9 @@ from omnirt_tasks.registry.spec import SEED_MAX, ModelSpec, Option, OptionKind, 
 from omnirt_tasks.validation.findings import Finding, failure, listed, shown, unknown_field
 
 PROMPT_CHARS_MAX = 8_000
-FRAMES_MAX = 1_024
-FPS_MAX = 120
 DRAWN_SEED_MAX = 2**32 - 1  # a drawn seed stays short enough to be typed again
 
 _TEXTS = ("prompt", "negative_prompt", "reference_text")
-_WHOLE_NUMBERS = {"num_frames": FRAMES_MAX, "fps": FPS_MAX}
 _REFERENCE = re.compile(
     r"upload:[A-Za-z0-9][A-Za-z0-9-]{0,63}|artifact:[A-Za-z0-9-]{1,64}/[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 )
@@ -67,7 +64,7 @@ class Resolution:
 
 
 def resolve(request: GenerateRequest, catalog: Catalog, *, door: Door) -> Resolution:
-    """Check a request against its model's spec and fill in every option.
+    """Check a request against its model's spec and fill in every option, and every input that is a number.
 
     The config is the model's defaults, then the presets' (base, task, model), then what the request says. A null
     seed is drawn here, so that the report can name it.
@@ -91,7 +88,7 @@ def resolve(request: GenerateRequest, catalog: Catalog, *, door: Door) -> Resolu
         task=request.task,
         model=spec.id,
         backend=request.backend,
-        inputs=Inputs.model_validate({name: value for name, value in request.inputs.items() if value is not None}),
+        inputs=Inputs.model_validate(_resolve_inputs(request.inputs, task)),
         config=config,
         priority=request.priority,
         tags=tuple(sorted(set(request.tags))),
@@ -131,18 +128,22 @@ def _check_inputs(inputs: Mapping[str, object], task: TaskSpec) -> Iterable[Prob
     for name, value in inputs.items():
         if name not in allowed:
             yield unknown_field("inputs", name, allowed)
-        elif value is not None and (told := _input_problem(name, value, name in task.required_inputs)):
+        elif value is not None and (told := _input_problem(name, value, task)):
             rule, message = told
             yield Problem(loc=f"inputs.{name}", rule=rule, message=message)
 
 
-def _input_problem(name: str, value: object, required: bool) -> tuple[str, str] | None:
+def _input_problem(name: str, value: object, task: TaskSpec) -> tuple[str, str] | None:
     if name in _TEXTS:
-        return _text_problem(value, required)
+        return _text_problem(value, name in task.required_inputs)
     if name in MEDIA_INPUTS:
         return _reference_problem(value)
-    most = _WHOLE_NUMBERS[name]
-    return _number_problem(Option(name, OptionKind.INTEGER, None, "", minimum=1, maximum=most), value)
+    return _number_problem(task.numbers[name], value)
+
+
+def _resolve_inputs(inputs: Mapping[str, object], task: TaskSpec) -> dict[str, object]:
+    defaults = {name: number.default for name, number in task.numbers.items()}
+    return defaults | {name: value for name, value in inputs.items() if value is not None}
 
 
 def _text_problem(value: object, required: bool) -> tuple[str, str] | None:
@@ -235,14 +236,17 @@ def _number_problem(option: Option, value: object) -> tuple[str, str] | None:
         return "minimum", f"{shown(value)} is below {option.minimum}; use {bounds}{random}."
     if option.maximum is not None and value > option.maximum:
         return "maximum", f"{shown(value)} is above {option.maximum}; use {bounds}."
-    if option.multiple_of is not None and value % option.multiple_of:
-        lower = int(value) // option.multiple_of * option.multiple_of
+    if option.multiple_of is not None and (above := (value - option.remainder) % option.multiple_of):
+        lower = int(value - above)
         near = [
-            size
-            for size in (lower, lower + option.multiple_of)
-            if (option.minimum is None or size >= option.minimum) and (option.maximum is None or size <= option.maximum)
+            allowed
+            for allowed in (lower, lower + option.multiple_of)
+            if (option.minimum is None or allowed >= option.minimum)
+            and (option.maximum is None or allowed <= option.maximum)
         ]
-        return "multiple_of", f"{value} is not a multiple of {option.multiple_of}; use {' or '.join(map(str, near))}."
+        wanted = f"{option.remainder} more than a" if option.remainder else "a"
+        told = f"{value} is not {wanted} multiple of {option.multiple_of}; use {' or '.join(map(str, near))}."
+        return "multiple_of", told
     return None
 
 

@@ -1,5 +1,6 @@
 """The executor of classic diffusers pipelines, on tiny models of the real classes."""
 
+import functools
 import logging
 import threading
 from collections.abc import Iterator
@@ -10,13 +11,14 @@ from typing import Any
 import pytest
 from PIL import Image, ImageChops
 
-from omnirt_tasks.contract import EventName, Task
+from omnirt_tasks.contract import EventName, ExecutionMode, Task
 from omnirt_tasks.registry import LoadRequest, discover
 from tests.support.hosts import RUN_TIMEOUT_S, Bench, Loads, Recorder, sdxl_bench
 from tests.support.tiny_models import save_tiny_sdxl, tiny_sdxl
 from workers.backends import driver
 from workers.executors import LoadedModel, executor_for, legacy_call
-from workers.executors.legacy_call import SCHEDULERS, Lender, own_pipeline
+from workers.executors.diffusers_parts import SCHEDULERS, Lender
+from workers.executors.legacy_call import own_pipeline
 from workers.executors.steps import decode_small
 from workers.host import RunFailed, RunOrder, RunOutcome, RunSucceeded
 from workers.thread_host import ThreadHost
@@ -26,6 +28,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 NAMES = ("native", *SCHEDULERS)
 
+legacy_bench = functools.partial(sdxl_bench, mode=ExecutionMode.LEGACY_CALL)
+
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -34,7 +38,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny(weights: Path, tmp_path: Path) -> Iterator[tuple[Bench, Loads]]:
-    bench, loads = sdxl_bench(tmp_path, weights)
+    bench, loads = legacy_bench(tmp_path, weights)
     yield bench, loads
     bench.host.close()
 
@@ -122,7 +126,7 @@ def test_a_scheduler_that_steps_otherwise_is_counted_as_it_steps(tmp_path: Path,
     pipeline = tiny_sdxl()
     pipeline.scheduler = getattr(diffusers, class_name).from_config(pipeline.scheduler.config)
     pipeline.save_pretrained(tmp_path / "own")
-    bench, _ = sdxl_bench(tmp_path, tmp_path / "own")
+    bench, _ = legacy_bench(tmp_path, tmp_path / "own")
     recorder = Recorder()
     succeeded(bench.run(recorder=recorder, num_inference_steps=5, preview_every_steps=2))
     assert recorder.progress == [(step, steps) for step in range(1, steps + 1)]
@@ -141,8 +145,12 @@ def test_a_strength_below_one_shortens_the_run_and_its_total(bench: Bench, photo
     assert (output.width, output.height) == (64, 64)
 
 
-def test_pictures_from_a_picture_agree_with_their_seeds_alone(bench: Bench, photo: Path) -> None:
-    wishes: dict[str, Any] = {"task": Task.IMAGE2IMAGE, "files": {"image": photo}, "strength": 0.6}
+@pytest.mark.parametrize("task", [Task.IMAGE2IMAGE, Task.INPAINT])
+def test_pictures_from_a_picture_agree_with_their_seeds_alone(
+    bench: Bench, photo: Path, mask: Path, task: Task
+) -> None:
+    files = {"image": photo} if task is Task.IMAGE2IMAGE else {"image": photo, "mask": mask}
+    wishes: dict[str, Any] = {"task": task, "files": files, "strength": 0.6}
     together = bench.order(seed=8, num_images_per_prompt=2, **wishes)
     alone = bench.order(seed=9, **wishes)
     for order in (together, alone):
@@ -255,7 +263,7 @@ def test_weights_that_give_no_numbers_are_never_a_picture(weights: Path, tmp_pat
     module = pipeline.unet.conv_out if part == "unet" else pipeline.vae.decoder.conv_out
     torch.nn.init.constant_(module.bias, float(value))
     pipeline.save_pretrained(tmp_path / "spoilt")
-    bench, _ = sdxl_bench(tmp_path, tmp_path / "spoilt")
+    bench, _ = legacy_bench(tmp_path, tmp_path / "spoilt")
     order = bench.order(preview_every_steps=1)
     recorder = Recorder()
     error = failed(bench.run(order, recorder)).error
@@ -325,7 +333,7 @@ def test_a_dtype_that_the_device_does_not_have_fails_the_job_rather_than_bending
 def test_a_broken_folder_fails_its_job_and_leaves_nothing_loaded(tmp_path: Path) -> None:
     folder = save_tiny_sdxl(tmp_path / "broken")
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    bench, _ = sdxl_bench(tmp_path, folder)
+    bench, _ = legacy_bench(tmp_path, folder)
     assert failed(bench.run()).error.code == "model_failed"
     assert bench.host.capability().loaded == ()
     bench.host.close()
@@ -334,14 +342,14 @@ def test_a_broken_folder_fails_its_job_and_leaves_nothing_loaded(tmp_path: Path)
 def test_weights_that_are_no_safetensors_are_not_read(tmp_path: Path) -> None:
     pipeline = tiny_sdxl()
     pipeline.save_pretrained(tmp_path / "pickled", safe_serialization=False)
-    bench, _ = sdxl_bench(tmp_path, tmp_path / "pickled")
+    bench, _ = legacy_bench(tmp_path, tmp_path / "pickled")
     assert failed(bench.run()).error.code == "model_failed"
     bench.host.close()
 
 
 def test_at_most_as_many_models_stay_loaded_as_the_cache_has_places(weights: Path, tmp_path: Path) -> None:
     other = save_tiny_sdxl(tmp_path / "other", seed=8)
-    bench, loads = sdxl_bench(tmp_path, weights, cache_size=1, more={"sdxl-turbo": other})
+    bench, loads = legacy_bench(tmp_path, weights, cache_size=1, more={"sdxl-turbo": other})
     succeeded(bench.run())
     succeeded(bench.run(model="sdxl-turbo"))
     assert bench.host.capability().loaded == ("sdxl-turbo",)
@@ -366,7 +374,7 @@ def test_a_vae_that_overflows_in_half_precision_stays_in_fp32_for_all_jobs(
     import torch
 
     folder = save_tiny_sdxl(tmp_path / "upcast", force_upcast=True)
-    bench, loads = sdxl_bench(tmp_path, folder, dtype=dtype)
+    bench, loads = legacy_bench(tmp_path, folder, dtype=dtype)
     image2image: dict[str, Any] = {"task": Task.IMAGE2IMAGE, "files": {"image": photo}, "strength": 0.6}
     orders = [bench.order(seed=seed, preview_every_steps=2, **(image2image if seed % 2 else {})) for seed in range(6)]
     futures = [bench.host.submit(order, Recorder()) for order in orders]
@@ -443,7 +451,7 @@ def test_a_call_outside_a_job_is_the_modules_own(weights: Path) -> None:
     import torch
 
     spec = discover().find("sdxl-base-1.0")
-    loaded = executor_for("cpu", spec.execution_mode).load(
+    loaded = executor_for("cpu", ExecutionMode.LEGACY_CALL).load(
         spec, LoadRequest(folder=weights, device="cpu", dtype="fp32")
     )
     assert isinstance(loaded, LoadedModel)
@@ -457,7 +465,7 @@ def test_a_load_by_two_threads_leaves_the_process_as_it_was(weights: Path) -> No
     import torch
 
     spec = discover().find("sdxl-base-1.0")
-    executor = executor_for("cpu", spec.execution_mode)
+    executor = executor_for("cpu", ExecutionMode.LEGACY_CALL)
     request = LoadRequest(folder=weights, device="cpu", dtype="bf16")
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda _: executor.load(spec, request), range(4)))

@@ -31,13 +31,14 @@ class Worker:
             settings,
             plan_for_queues([STUB_QUEUE], discover(), settings),
             self.device,
+            queues=(STUB_QUEUE,),
             worker_id="w1",
             concurrency=THREADS,
             resend=lambda job_id, queue: None,
-            on_stuck=self._note,
+            on_ended=self._note,
         )
 
-    def _note(self) -> None:
+    def _note(self, status: int) -> None:
         self.stuck += 1
 
     def close(self) -> None:

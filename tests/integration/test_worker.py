@@ -19,7 +19,7 @@ import pytest
 
 from omnirt_tasks.celery_app import broker_prefix
 from omnirt_tasks.contract import CancelOutcome, EventName, JobState
-from omnirt_tasks.errors import ModelFailed
+from omnirt_tasks.errors import ModelFailed, ValidationFailed
 from omnirt_tasks.settings import Settings, load_settings
 from tests.support.job_system import STUB_QUEUE, JobSystem
 from tests.support.processes import PROJECT, Processes, environment, free_port
@@ -345,7 +345,9 @@ def test_a_worker_that_cannot_serve_its_queues_says_what_to_change(
 def test_a_worker_with_tags_serves_the_queue_of_each_set_of_them(system: JobSystem, processes: Processes) -> None:
     processes.worker(system.settings.model_copy(update={"tags": ("eu", "gold")}), STUB_QUEUE)
     (worker,) = eventually(system.fleet.live)
-    assert worker.queues == (STUB_QUEUE, f"{STUB_QUEUE}+eu", f"{STUB_QUEUE}+gold", f"{STUB_QUEUE}+eu+gold")
+    own = {STUB_QUEUE, f"{STUB_QUEUE}+eu", f"{STUB_QUEUE}+gold", f"{STUB_QUEUE}+eu+gold"}
+    of_device = {"+".join([STUB_QUEUE, "cpu-stub-0", *tags]) for tags in ((), ("eu",), ("gold",), ("eu", "gold"))}
+    assert set(worker.queues) == own | of_device
     body = {
         "task": "text2image",
         "model": "stub",
@@ -358,6 +360,25 @@ def test_a_worker_with_tags_serves_the_queue_of_each_set_of_them(system: JobSyst
     job_id = system.submission.submit(parse_request(body), owner="").record.id
 
     assert system.finished(job_id).state is JobState.SUCCEEDED
+
+
+def test_a_job_that_names_a_device_runs_there_and_its_report_says_so(system: JobSystem, processes: Processes) -> None:
+    settings = system.settings.model_copy(update={"cpu_devices": 2})
+    for _ in range(2):
+        processes.worker(settings, STUB_QUEUE)
+    eventually(lambda: len(system.fleet.live()) == 2)
+
+    jobs = [system.finished(system.submit(device="cpu-stub:1")) for _ in range(4)]
+
+    assert {str(job.worker_id).partition("@")[0] for job in jobs} == {"cpu-stub-1"}
+    for job in jobs:
+        assert job.result is not None
+        assert job.result.metadata.config_resolved["device"] == "cpu-stub:1"
+    with pytest.raises(ValidationFailed, match="No live worker has the device cpu-stub:7; there are"):
+        system.submit(device="cpu-stub:7")
+    anywhere = system.finished(system.submit())
+    assert anywhere.result is not None
+    assert anywhere.result.metadata.config_resolved["device"] in {"cpu-stub:0", "cpu-stub:1"}, "where it ran"
 
 
 def test_a_worker_that_is_asked_to_leave_gives_its_jobs_back_and_exits_0(

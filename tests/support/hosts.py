@@ -1,4 +1,4 @@
-"""Thread hosts for tests: the stub, and a tiny model of the real classes; one way to order a picture from either."""
+"""Thread hosts for tests: the stub, and tiny models of the real classes; one way to order a picture from any."""
 
 import dataclasses
 import itertools
@@ -7,14 +7,25 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from omnirt_tasks.contract import EventName, Inputs, ResolvedRequest, Task
+from omnirt_tasks.contract import EventName, ExecutionMode, Inputs, ResolvedRequest, Task
 from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.registry import DiffusersModel, LoadRequest, ModelSpec, discover
 from workers.backends import driver
-from workers.host import HostEvent, RunOrder, RunOutcome
+from workers.host import DeviceHost, HostEvent, RunOrder, RunOutcome
 from workers.thread_host import ThreadHost
 
 RUN_TIMEOUT_S = 30.0
+
+# What a test orders unless it says otherwise: quick, and the same each time.
+QUICK: JsonObject = {
+    "seed": 5,
+    "num_inference_steps": 4,
+    "guidance_scale": 5.0,
+    "width": 64,
+    "height": 64,
+    "scheduler": "native",
+    "dtype": "fp32",
+}
 
 
 class Recorder:
@@ -54,7 +65,7 @@ class Recorder:
 class Bench:
     """A host with one model, and orders for it."""
 
-    def __init__(self, host: ThreadHost, model: str, tmp_path: Path) -> None:
+    def __init__(self, host: DeviceHost, model: str, tmp_path: Path) -> None:
         self.host = host
         self.model = model
         self._tmp_path = tmp_path
@@ -70,29 +81,26 @@ class Bench:
         job_id: str | None = None,
         attempt: int = 1,
         model: str | None = None,
+        inputs: Mapping[str, Any] | None = None,
         **config: Any,
     ) -> RunOrder:
-        """An order of a 64x64 picture in 4 steps with seed 5, unless `config` says otherwise."""
+        """An order of a 64x64 picture in 4 steps with seed 5, unless `config` says otherwise.
+
+        Every other option, and every input that is a number, has the model's default.
+        """
         number = next(self._numbers)
         output_dir = self._tmp_path / f"outputs-{number}"
         output_dir.mkdir()
-        full: JsonObject = {
-            "preset": "balanced",
-            "seed": 5,
-            "num_inference_steps": 4,
-            "guidance_scale": 5.0,
-            "num_images_per_prompt": 1,
-            "width": 64,
-            "height": 64,
-            "scheduler": "native",
-            "dtype": "fp32",
-        }
+        model = model or self.model
+        its = discover().find(model).tasks[task]
+        options: JsonObject = {name: QUICK.get(name, option.default) for name, option in its.options.items()}
+        numbers = {name: option.default for name, option in its.numbers.items()}
         request = ResolvedRequest(
             task=task,
-            model=model or self.model,
+            model=model,
             backend=self.host.capability().backend,
-            inputs=Inputs(prompt=prompt),
-            config=full | config,
+            inputs=Inputs.model_validate({"prompt": prompt, **numbers, **(inputs or {})}),
+            config=options | config,
         )
         return RunOrder(job_id or f"job-{number}", attempt, request, output_dir, dict(files or {}), preview_every_steps)
 
@@ -115,11 +123,9 @@ def stub_bench(tmp_path: Path, *, cache_size: int = 2) -> Bench:
 
 
 class Loads:
-    """A family's loader that keeps what it loaded, so that a test can look at the modules or spoil them."""
+    """The families' own loaders, keeping what they loaded, so that a test can look at the modules or spoil them."""
 
-    def __init__(self, spec: ModelSpec, dtype: str | None = None) -> None:
-        assert spec.loader is not None
-        self._load = spec.loader
+    def __init__(self, dtype: str | None = None) -> None:
         self._dtype = dtype
         self.pipelines: list[Mapping[Task, Any]] = []
         self.threads: list[str] = []
@@ -127,7 +133,9 @@ class Loads:
     def __call__(self, spec: ModelSpec, request: LoadRequest) -> DiffusersModel:
         if self._dtype is not None:
             request = dataclasses.replace(request, dtype=self._dtype)
-        loaded = self._load(spec, request)
+        load = discover().find(spec.id).loader
+        assert load is not None
+        loaded = load(spec, request)
         assert isinstance(loaded, DiffusersModel)
         self.pipelines.append(loaded.by_task)
         self.threads.append(threading.current_thread().name)
@@ -139,20 +147,27 @@ class Loads:
         return next(iter(self.pipelines[-1].values()))
 
 
-def sdxl_bench(
+def family_bench(
     tmp_path: Path,
+    model_id: str,
     folder: Path,
     *,
+    mode: ExecutionMode | None = None,
     cache_size: int = 2,
     dtype: str | None = None,
     more: Mapping[str, Path] | None = None,
 ) -> tuple[Bench, Loads]:
-    """A host of `sdxl-base-1.0` with the weights of `folder`; `dtype` overrides what the device can do."""
+    """A host of a model with the weights of `folder`, loaded by its family's own loader; `more` has further models.
+
+    `mode` overrides the spec's way to run it; `dtype` what the device can do.
+    """
     catalog = discover()
-    base = catalog.find("sdxl-base-1.0")
-    loads = Loads(base, dtype)
-    folders = {base.id: folder, **(more or {})}
-    models = [dataclasses.replace(catalog.find(model), loader=loads) for model in folders]
+    loads = Loads(dtype)
+    folders = {model_id: folder, **(more or {})}
+    models = [
+        dataclasses.replace(spec, loader=loads, execution_mode=mode or spec.execution_mode)
+        for spec in map(catalog.find, folders)
+    ]
     host = ThreadHost(
         backend=driver("cpu", torch_threads=1),
         models=models,
@@ -160,4 +175,9 @@ def sdxl_bench(
         cache_size=cache_size,
         concurrency=8,
     )
-    return Bench(host, base.id, tmp_path), loads
+    return Bench(host, model_id, tmp_path), loads
+
+
+def sdxl_bench(tmp_path: Path, folder: Path, **wishes: Any) -> tuple[Bench, Loads]:
+    """A host of `sdxl-base-1.0`; see `family_bench`."""
+    return family_bench(tmp_path, "sdxl-base-1.0", folder, **wishes)

@@ -67,12 +67,23 @@ class Processes:
             if " ready." in line:
                 ready.append(line)
 
-        command = [sys.executable, "-m", "celery", "-A", "omnirt_tasks", "worker", "-l", "INFO"]
-        command += ["-Q", ",".join(queues), *arguments]
-        child = self.start("worker", command, env=environment(settings, **(env or {})), on_line=watch)
+        child = self.start_worker(settings, *queues, arguments=arguments, env=env, on_line=watch)
         eventually(lambda: ready or child.exit_code is not None, READY_TIMEOUT_S, told=lambda: _tail(child))
         assert ready, f"the worker ended with {child.exit_code}:\n{_tail(child)}"
         return child
+
+    def start_worker(
+        self,
+        settings: Settings,
+        *queues: str,
+        arguments: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        on_line: Callable[[str], None] | None = None,
+    ) -> ChildProcess:
+        """`celery -A omnirt_tasks worker -Q …`, whatever becomes of it."""
+        command = [sys.executable, "-m", "celery", "-A", "omnirt_tasks", "worker", "-l", "INFO"]
+        command += ["-Q", ",".join(queues), *arguments]
+        return self.start("worker", command, env=environment(settings, **(env or {})), on_line=on_line)
 
     def gateway(self, settings: Settings, *, env: Mapping[str, str] | None = None) -> tuple[ChildProcess, str]:
         """`omnirt serve`, once it answers: the process and its URL, without a slash at the end.

@@ -124,8 +124,8 @@ def asked_for(*extras: str) -> set[str]:
     ("folder", "extras"),
     [
         ("web", []),
-        ("omnirt_tasks", ["worker", "embedded", "otel", "bench"]),
-        ("workers", ["worker"]),
+        ("omnirt_tasks", ["worker", "speech", "embedded", "otel", "bench"]),
+        ("workers", ["worker", "ascend"]),
         ("tests", ["worker", "embedded", "otel", "dev"]),
     ],
 )
@@ -139,7 +139,7 @@ def test_what_is_imported_is_asked_for(folder: str, extras: list[str]) -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("extra", ["worker", "embedded", "flower", "otel", "bench", "dev"])
+@pytest.mark.parametrize("extra", ["worker", "speech", "embedded", "flower", "otel", "bench", "dev"])
 def test_everything_that_is_asked_for_is_pinned(extra: str) -> None:
     lines = (PROJECT / "constraints.txt").read_text(encoding="utf-8").split()
     pinned = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}

@@ -6,22 +6,48 @@ import pytest
 
 from omnirt_tasks.contract import Task, Tier
 from omnirt_tasks.errors import ConfigurationError, ModelNotFound
-from omnirt_tasks.registry import Catalog, discover
+from omnirt_tasks.registry import Catalog, discover, presets
 
 
 def test_every_family_in_the_folder_is_found() -> None:
-    assert {spec.id for spec in discover()} >= {"shapes", "stub", "sdxl-base-1.0", "sdxl-refiner-1.0", "sdxl-turbo"}
+    families = {"shapes", "stub", "sdxl", "sd15", "sd3", "flux", "qwen-image", "wan"}
+
+    assert {spec.family for spec in discover()} >= families
 
 
 def test_every_default_keeps_its_own_bounds() -> None:
     for spec in discover():
         for task in spec.tasks.values():
-            for option in task.options.values():
+            for option in (*task.options.values(), *task.numbers.values()):
                 if isinstance(option.default, int | float) and not isinstance(option.default, bool):
                     assert option.minimum is None or option.default >= option.minimum, (spec.id, option.name)
                     assert option.maximum is None or option.default <= option.maximum, (spec.id, option.name)
+                    assert option.multiple_of is None or option.default % option.multiple_of == option.remainder, (
+                        spec.id,
+                        option.name,
+                    )
                 if option.choices is not None:
                     assert option.default in option.choices, (spec.id, option.name)
+
+
+def test_every_preset_keeps_the_bounds_of_what_it_sets() -> None:
+    for spec in discover():
+        for task in spec.tasks.values():
+            assert set(task.presets) <= set(presets.PRESETS), spec.id
+            for settings in task.presets.values():
+                for name, value in settings.items():
+                    option = task.options[name]
+                    assert option.choices is None or value in option.choices, (spec.id, name)
+                    if isinstance(value, int | float):
+                        assert option.minimum is None or value >= option.minimum, (spec.id, name)
+                        assert option.maximum is None or value <= option.maximum, (spec.id, name)
+
+
+def test_an_input_that_is_a_number_has_bounds_and_no_other_input_has() -> None:
+    for spec in discover():
+        for task in spec.tasks.values():
+            inputs = {*task.required_inputs, *task.optional_inputs}
+            assert inputs & {"num_frames", "fps"} == set(task.numbers), spec.id
 
 
 def test_two_models_of_one_name_are_refused() -> None:
@@ -45,5 +71,7 @@ def test_a_name_that_is_far_from_all_gets_the_way_to_the_list() -> None:
 def test_models_are_listed_by_task_and_tier() -> None:
     inpainters = discover().having(task=Task.INPAINT)
 
-    assert [spec.id for spec in inpainters] == ["sdxl-base-1.0"]
+    assert {"sd15", "sdxl-base-1.0"} <= {spec.id for spec in inpainters}
+    assert all(Task.INPAINT in spec.tasks for spec in inpainters)
+    assert "flux-dev" not in {spec.id for spec in inpainters}
     assert all(spec.tier == "core" for spec in discover().having(tier=Tier.CORE))

@@ -14,12 +14,14 @@ from omnirt_tasks.contract import (
     ExecutionMode,
     GenerateResult,
     JobState,
+    ModelAbility,
     RunReport,
     Task,
     WorkerCapability,
 )
 from omnirt_tasks.errors import (
     ArtifactNotFound,
+    InsufficientMemory,
     OmnirtError,
     QueueFull,
     StoreUnavailable,
@@ -30,11 +32,13 @@ from omnirt_tasks.jobs.fleet import MemoryFleet
 from omnirt_tasks.jobs.memory import MemoryJobStore
 from omnirt_tasks.jobs.store import JobQuery, QueueDepth, Succeeded
 from omnirt_tasks.registry import discover
-from omnirt_tasks.routing import queues_served
+from omnirt_tasks.routing import queues_served, worker_tags
 from omnirt_tasks.submission import Submission
 from omnirt_tasks.uploads import UploadStorage
 from omnirt_tasks.validation import Door, parse_request
 
+GIB = 2**30
+SDXL: dict[str, object] = {"task": "text2image", "model": "sdxl-base-1.0", "inputs": {"prompt": "a cat"}}
 SHAPES: dict[str, object] = {"task": "text2image", "model": "shapes", "inputs": {"prompt": "a red circle"}}
 
 
@@ -70,6 +74,28 @@ class House:
     def edit(self, image: str, owner: str = "anna") -> str:
         inputs = {"prompt": "a cat", "image": image}
         return self.submit(owner, "sdxl-base-1.0", task="image2image", inputs=inputs)
+
+    def enter_worker(self, backend: str, *, budget_bytes: int, seconds_per_unit: float | None = None) -> None:
+        """A worker of sdxl lives: its weights take 2 GiB in fp16 and 4 GiB in fp32, and a megapixel 1 GiB in fp16."""
+        ability = ModelAbility(
+            tasks=(Task.TEXT2IMAGE,),
+            execution_mode=ExecutionMode.LEGACY_CALL,
+            weights_bytes={"fp16": 2 * GIB, "fp32": 4 * GIB},
+            working_bytes_per_pixel=1024,
+            seconds_per_unit=seconds_per_unit,
+        )
+        device = f"{backend}:0"
+        record = WorkerCapability(
+            worker_id=f"{device}@host",
+            backend=backend,
+            device=device,
+            queues=queues_served([f"{backend}-sdxl"], worker_tags((), device)),
+            models=("sdxl-base-1.0",),
+            memory_budget_bytes=budget_bytes,
+            dtypes=("fp32", "fp16") if backend == "cuda" else ("fp32",),
+            abilities={"sdxl-base-1.0": ability},
+        )
+        self.fleet.publish(record, ttl_ms=60_000)
 
     def nothing_was_queued(self) -> bool:
         stored = list(self.folder.glob("uploads/*"))
@@ -227,3 +253,78 @@ def test_a_check_tells_what_would_run_and_writes_nothing(house: House) -> None:
     assert (resolution.request.backend, resolution.request.config["dtype"]) == ("cpu", "fp32")
     assert resolution.request.warnings
     assert house.nothing_was_queued()
+
+
+def test_what_no_live_worker_has_room_for_is_refused_by_check_and_submit_alike(house: House) -> None:
+    house.enter_worker("cuda", budget_bytes=2 * GIB)
+    wish = parse_request(SDXL | {"config": {"width": 1024, "height": 1024}})
+
+    told = house.door.check(wish, "anna")
+    with pytest.raises(InsufficientMemory) as caught:
+        house.door.submit(wish, owner="anna")
+
+    assert told.request is None
+    assert told.problems == caught.value.details
+    assert "cuda:0" in caught.value.message
+    assert house.nothing_was_queued()
+
+
+def test_a_smaller_request_is_accepted_where_the_larger_was_refused(house: House) -> None:
+    house.enter_worker("cuda", budget_bytes=5 * GIB // 2)
+
+    with pytest.raises(InsufficientMemory):
+        house.submit(model="sdxl-base-1.0", config={"width": 1024, "height": 1024})
+    house.submit(model="sdxl-base-1.0", config={"width": 512, "height": 1024})
+
+    assert [queue for _, queue in house.sent] == ["cuda-sdxl"]
+
+
+def test_a_job_goes_to_the_backend_that_has_room_for_it(house: House) -> None:
+    house.enter_worker("cuda", budget_bytes=2 * GIB)
+    house.enter_worker("cpu", budget_bytes=64 * GIB)
+
+    job = house.store.get(house.submit(model="sdxl-base-1.0"))
+
+    assert (job.queue, job.resolved.backend, job.resolved.config["dtype"]) == ("cpu-sdxl", "cpu", "fp32")
+
+
+def test_without_a_live_worker_nothing_is_too_large(house: House) -> None:
+    house.submit(model="sdxl-base-1.0", config={"num_images_per_prompt": 16})
+
+    assert [queue for _, queue in house.sent] == ["cuda-sdxl"]
+
+
+def test_the_measured_times_of_the_workers_decide_where_both_have_room(house: House) -> None:
+    house.enter_worker("cuda", budget_bytes=64 * GIB, seconds_per_unit=0.1)
+    house.enter_worker("cpu", budget_bytes=64 * GIB, seconds_per_unit=10.0)
+    for _ in range(3):
+        house.submit(model="sdxl-base-1.0", backend="cuda")
+    house.submit(model="sdxl-base-1.0", backend="cpu")
+
+    house.submit(model="sdxl-base-1.0")  # 0.3 s behind three, or 10 s behind one
+
+    assert house.sent[-1][1] == "cuda-sdxl"
+
+
+def test_a_wish_that_no_live_worker_can_fulfil_is_refused_with_its_place(house: House) -> None:
+    house.enter_worker("cuda", budget_bytes=64 * GIB)
+
+    for config, place in (({"compile": True}, "config.compile"), ({"device": "cuda:1"}, "config.device")):
+        told = house.door.check(parse_request(SDXL | {"config": config}), "anna")
+        with pytest.raises(ValidationFailed) as caught:
+            house.submit(model="sdxl-base-1.0", config=config)
+        assert (
+            [problem.loc for problem in told.problems] == [problem.loc for problem in caught.value.details] == [place]
+        )
+        assert "cuda:0" in str(caught.value), "what there is"
+    assert house.nothing_was_queued()
+
+
+def test_a_job_that_names_its_device_waits_where_that_device_alone_is_served(house: House) -> None:
+    house.enter_worker("cuda", budget_bytes=64 * GIB)
+
+    job = house.store.get(house.submit(model="sdxl-base-1.0", config={"device": "cuda:0"}))
+
+    assert (job.queue, job.resolved.backend) == ("cuda-sdxl+cuda-0", "cuda")
+    assert job.resolved.config["device"] == "cuda:0"
+    assert house.sent == [(job.record.id, "cuda-sdxl+cuda-0")]

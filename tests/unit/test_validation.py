@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omnirt_tasks.contract import GenerateRequest, Tier
+from omnirt_tasks.contract import GenerateRequest, ResolvedRequest, Tier
 from omnirt_tasks.errors import (
     BackendUnsupported,
     InvalidJson,
@@ -19,12 +19,15 @@ from omnirt_tasks.errors import (
     ValidationFailed,
 )
 from omnirt_tasks.registry import discover
+from omnirt_tasks.registry.presets import PRESETS
 from omnirt_tasks.registry.spec import OptionKind
 from omnirt_tasks.validation import Door, parse_json, parse_request, resolve
 
 GOOD: dict[str, Any] = {"task": "text2image", "model": "shapes", "inputs": {"prompt": "a red circle"}}
 SDXL: dict[str, Any] = {**GOOD, "model": "sdxl-base-1.0"}
 PICTURE: dict[str, Any] = {**SDXL, "task": "image2image"}
+FILM: dict[str, Any] = {"task": "text2video", "model": "wan2.1-t2v-14b", "inputs": {"prompt": "a cat"}}
+FLUX: dict[str, Any] = {**GOOD, "model": "flux-dev"}
 
 
 def failure_of(body: Any, door: Door | None = None) -> OmnirtError:
@@ -34,10 +37,14 @@ def failure_of(body: Any, door: Door | None = None) -> OmnirtError:
     return caught.value
 
 
-def config_of(**config: Any) -> dict[str, Any]:
+def resolved(body: dict[str, Any]) -> ResolvedRequest:
     catalog = discover()
-    request, _ = resolve(parse_request({**GOOD, "config": config}, catalog), catalog, door=Door()).unwrap()
-    return dict(request.config)
+    request, _ = resolve(parse_request(body, catalog), catalog, door=Door()).unwrap()
+    return request
+
+
+def config_of(base: dict[str, Any] = GOOD, **config: Any) -> dict[str, Any]:
+    return dict(resolved(with_config(base, **config)).config)
 
 
 def with_config(base: dict[str, Any] = SDXL, **config: Any) -> dict[str, Any]:
@@ -114,6 +121,26 @@ def with_inputs(base: dict[str, Any] = PICTURE, **inputs: Any) -> dict[str, Any]
         (with_inputs(image="artifact:../../etc/passwd"), "inputs.image", "reference"),
         (with_inputs(image="upload:../x"), "inputs.image", "reference"),
         (with_inputs(image=b"x"), "inputs.image", "type"),
+        (with_inputs(FILM, num_frames=0), "inputs.num_frames", "minimum"),
+        (with_inputs(FILM, num_frames=-3), "inputs.num_frames", "minimum"),
+        (with_inputs(FILM, num_frames=10), "inputs.num_frames", "multiple_of"),
+        (with_inputs(FILM, num_frames=8), "inputs.num_frames", "multiple_of"),
+        (with_inputs(FILM, num_frames=10_001), "inputs.num_frames", "maximum"),
+        (with_inputs(FILM, num_frames=9.0), "inputs.num_frames", "type"),
+        (with_inputs(FILM, num_frames="9"), "inputs.num_frames", "type"),
+        (with_inputs(FILM, num_frames=True), "inputs.num_frames", "type"),
+        (with_inputs(FILM, fps=0), "inputs.fps", "minimum"),
+        (with_inputs(FILM, fps=1_000), "inputs.fps", "maximum"),
+        (with_config(FILM, num_frames=9), "config.num_frames", "unknown_field"),
+        (with_config(FLUX, scheduler="ddim"), "config.scheduler", "choice"),
+        (with_config(FLUX, width=1000), "config.width", "multiple_of"),
+        (with_config({**FLUX, "model": "sd3-medium"}, width=1000), "config.width", "multiple_of"),
+        (with_config({**FLUX, "model": "qwen-image"}, height=1000), "config.height", "multiple_of"),
+        (with_config(FILM, height=488), "config.height", "multiple_of"),
+        (with_config({**FLUX, "model": "qwen-image"}, guidance_scale=5.0), "config.guidance_scale", "unknown_field"),
+        (with_config(FLUX, max_sequence_length=513), "config.max_sequence_length", "maximum"),
+        (with_config(FLUX, true_cfg_scale=4.0), "config.true_cfg_scale", "unknown_field"),
+        ({**GOOD, "model": "wan2.1-t2v-14b"}, "task", "choice"),
         ([1], "body", "type"),
     ],
 )  # fmt: skip
@@ -151,6 +178,35 @@ def test_a_message_names_value_rule_and_remedy() -> None:
     (problem,) = failure_of(with_config(width=513)).details
 
     assert problem.message == "513 is not a multiple of 8; use 512 or 520."
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        (2, "2 is not 1 more than a multiple of 4; use 1 or 5."),
+        (10, "10 is not 1 more than a multiple of 4; use 9 or 13."),
+        (0, "0 is below 1; use 1 to 161."),
+    ],
+)
+def test_a_number_of_frames_that_the_model_cannot_make_is_told_the_nearest(frames: int, message: str) -> None:
+    (problem,) = failure_of(with_inputs(FILM, num_frames=frames)).details
+
+    assert problem.message == message
+
+
+def test_inputs_that_are_numbers_have_the_models_defaults() -> None:
+    default = resolved(FILM).inputs
+    asked = resolved(with_inputs(FILM, num_frames=9, fps=None)).inputs
+
+    assert (default.num_frames, default.fps) == (81, 16)
+    assert (asked.num_frames, asked.fps) == (9, 16)
+    assert resolved(GOOD).inputs.num_frames is None
+
+
+def test_a_scheduler_that_is_nearly_one_is_told_which() -> None:
+    (problem,) = failure_of(with_config({**GOOD, "model": "sd15"}, scheduler="euler-discret")).details
+
+    assert problem.message.endswith("Did you mean euler-discrete?")
 
 
 @pytest.mark.parametrize(
@@ -219,12 +275,38 @@ def test_an_explicit_option_wins_over_the_preset() -> None:
 
 
 def test_a_model_overrides_the_shared_presets() -> None:
-    catalog = discover()
-    body = {**GOOD, "model": "sdxl-turbo", "config": {"preset": "fast"}}
+    config = config_of({**GOOD, "model": "sdxl-turbo"}, preset="fast")
 
-    request, _ = resolve(parse_request(body), catalog, door=Door()).unwrap()
+    assert (config["num_inference_steps"], config["guidance_scale"]) == (1, 0.0)
 
-    assert (request.config["num_inference_steps"], request.config["guidance_scale"]) == (1, 0.0)
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("model", ["flux-schnell", "sd3.5-large-turbo"])
+def test_a_model_of_few_steps_keeps_them_whatever_the_preset(model: str, preset: str) -> None:
+    config = config_of({**GOOD, "model": model}, preset=preset)
+
+    assert (config["num_inference_steps"], config["guidance_scale"]) == (4, 0.0)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_model_of_distilled_guidance_keeps_it_whatever_the_preset(preset: str) -> None:
+    assert config_of(FLUX, preset=preset)["guidance_scale"] == 3.5
+
+
+@pytest.mark.parametrize("body", [FLUX, {**GOOD, "model": "qwen-image"}, FILM])
+def test_a_model_that_overflows_in_fp16_is_not_put_there_to_save_memory(body: dict[str, Any]) -> None:
+    assert config_of(body, preset="low-vram")["dtype"] == "bf16"
+    assert config_of({**GOOD, "model": "sd15"}, preset="low-vram")["dtype"] == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("preset", "steps", "guidance"),
+    [("fast", 20, 4.0), ("balanced", 40, 5.0), ("quality", 40, 6.0), ("low-vram", 18, 4.0)],
+)
+def test_a_film_has_presets_of_its_own_task(preset: str, steps: int, guidance: float) -> None:
+    config = config_of(FILM, preset=preset)
+
+    assert (config["num_inference_steps"], config["guidance_scale"]) == (steps, guidance)
 
 
 def test_a_null_seed_is_drawn_and_reported() -> None:

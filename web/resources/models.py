@@ -23,7 +23,7 @@ blueprint = Blueprint("models", __name__)
 
 
 class Model(Answer):
-    """A model; `limits` is {task: {field: its type, bounds, choices and default}}."""
+    """A model; `limits` is {task: {field: its type, bounds, choices and default}}, of options and inputs alike."""
 
     id: str
     object: Literal["model"] = "model"
@@ -73,7 +73,7 @@ def _shown(spec: ModelSpec) -> Model:
         status=spec.status,
         backends=spec.backends,
         limits={
-            str(task): {name: _limits(option) for name, option in its.options.items()}
+            str(task): {name: _limits(option) for name, option in {**its.options, **its.numbers}.items()}
             for task, its in spec.tasks.items()
         },
         summary=spec.summary,
@@ -87,6 +87,7 @@ def _limits(option: Option) -> dict[str, JsonValue]:
         "min": option.minimum,
         "max": option.maximum,
         "multiple_of": option.multiple_of,
+        "remainder": option.remainder or None,
         "choices": [*option.choices] if option.choices is not None else None,
         "nullable": option.nullable or None,
         "unit": option.unit or None,

@@ -1,11 +1,15 @@
 """What each kind of device is: how to find it, hold it, measure it and let it go. It has not heard of jobs."""
 
+import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
 from omnirt_tasks.contract import Backend
 from omnirt_tasks.errors import ConfigurationError
+
+COMPILE = "compile"
+"""The feature of a device that torch.compile works on."""
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,14 @@ class DeviceInfo:
     name: str
     memory_bytes: int | None
     dtypes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MemoryInfo:
+    """A device's memory now: all of it, and what no process holds."""
+
+    total_bytes: int
+    free_bytes: int
 
 
 class BackendDriver(Protocol):
@@ -40,6 +52,14 @@ class BackendDriver(Protocol):
         """Every device of this backend on this host; empty when there is none, or its software is not installed."""
         ...
 
+    def features(self) -> tuple[str, ...]:
+        """What the device can do beside its dtypes: "compile" where torch.compile finds what it needs."""
+        ...
+
+    def memory(self) -> MemoryInfo | None:
+        """The device's memory now; None where it cannot be told. For a process that holds the device."""
+        ...
+
     def guard(self) -> AbstractContextManager[None]:
         """What a thread that computes on the device is inside of: its device, its threads, no gradients."""
         ...
@@ -57,7 +77,7 @@ class BackendDriver(Protocol):
         ...
 
     def release(self) -> None:
-        """Give back memory that nothing uses any more."""
+        """Give memory that nothing uses any more back to the device, so that other processes may have it."""
         ...
 
 
@@ -76,11 +96,24 @@ def driver(name: str, device: str | None = None, torch_threads: int | None = Non
             from workers.backends.cuda import CudaDriver
 
             return CudaDriver(device or "cuda:0", torch_threads)
+        case Backend.ASCEND:
+            from workers.backends.ascend import AscendDriver
+
+            return AscendDriver(device or "ascend:0", torch_threads)
         case Backend.CPU_STUB:
             from workers.backends.stub import StubDriver
 
             return StubDriver(device or "cpu-stub:0")
         case _:
             raise ConfigurationError(
-                f"The backend {name!r} has no driver here.", "Use cuda, cpu or cpu-stub: a queue is named cuda-sdxl."
+                f"The backend {name!r} has no driver here.", f"Use {', '.join(Backend)}: a queue is named cuda-sdxl."
             )
+
+
+def import_no_extensions() -> None:
+    """Have torch import no device extension by itself; to be called before torch is imported for the first time.
+
+    It otherwise imports every one that is installed, whatever the device, and torch-npu raises where CANN is missing:
+    then not even the CPU could be used. What the operator has set wins.
+    """
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")

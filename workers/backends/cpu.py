@@ -1,18 +1,24 @@
 """The CPU, through torch."""
 
+import ctypes
 import gc
 import importlib.util
 import os
 import platform
 import resource
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from workers.backends import DeviceInfo
+from workers.backends import COMPILE, DeviceInfo, MemoryInfo, import_no_extensions
 
 # Some microseconds. Not waiting at all (OMP_WAIT_POLICY=PASSIVE) makes small models twice as slow on an idle host.
 OPENMP_SPINS = "1000"
+# torch.compile writes C++ for the CPU, and takes this compiler where CXX names no other.
+CXX_COMPILER = "clang++" if sys.platform == "darwin" else "g++"
+MEMINFO = Path("/proc/meminfo")
 
 
 class CpuDriver:
@@ -31,12 +37,21 @@ class CpuDriver:
         # Half precision is left out: most processors emulate it, slower than fp32.
         return (DeviceInfo(self.device, _processor(), host_memory_bytes(), ("fp32", "bf16")),)
 
+    def features(self) -> tuple[str, ...]:
+        compiler = os.environ.get("CXX", CXX_COMPILER)
+        return (COMPILE,) if shutil.which(compiler) is not None else ()
+
+    def memory(self) -> MemoryInfo | None:
+        total_bytes, free_bytes = host_memory_bytes(), _available_bytes()
+        return None if total_bytes is None or free_bytes is None else MemoryInfo(total_bytes, free_bytes)
+
     @contextmanager
     def guard(self) -> Iterator[None]:
         # OpenMP's threads spin while they wait for each other, and on a busy host they spin away the time of the very
         # thread they wait for: a picture of `shapes` then took forty times as long. Read when torch loads OpenMP; what
         # the operator has set wins.
         os.environ.setdefault("GOMP_SPINCOUNT", OPENMP_SPINS)
+        import_no_extensions()
         import torch
 
         # One core stays free for what tells of the runs: taking it made a small picture half as slow again.
@@ -58,6 +73,7 @@ class CpuDriver:
 
     def release(self) -> None:
         gc.collect()  # a wrapped module is part of a cycle
+        _trim_heap()
 
 
 def host_memory_bytes() -> int | None:
@@ -72,6 +88,25 @@ def process_peak_bytes() -> int:
     """The most memory that this process has had resident."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _available_bytes() -> int | None:
+    try:
+        lines = MEMINFO.read_text().splitlines()
+    except OSError:
+        return None
+    # Not MemFree: the system's file cache gives way to whoever asks.
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _trim_heap() -> None:
+    # glibc keeps freed pages for later allocations of its own: an evicted model would go on counting as resident, and
+    # no other process could have its place. Other allocators have no such call, and need none.
+    if sys.platform != "linux":
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _processor() -> str:

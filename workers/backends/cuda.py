@@ -5,7 +5,9 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from workers.backends import DeviceInfo
+from workers.backends import COMPILE, DeviceInfo, MemoryInfo, import_no_extensions
+
+LACK_IN_WORDS = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 
 class CudaDriver:
@@ -20,14 +22,26 @@ class CudaDriver:
     def probe(self) -> tuple[DeviceInfo, ...]:
         if importlib.util.find_spec("torch") is None:
             return ()
+        import_no_extensions()
         import torch
 
         if not torch.cuda.is_available():
             return ()
         return tuple(self._info(index) for index in range(torch.cuda.device_count()))
 
+    def features(self) -> tuple[str, ...]:
+        # torch.compile writes its kernels in triton, which comes with torch for CUDA, but not on every platform.
+        return (COMPILE,) if importlib.util.find_spec("triton") is not None else ()
+
+    def memory(self) -> MemoryInfo | None:
+        import torch
+
+        free_bytes, total_bytes = torch.cuda.mem_get_info(self.torch_device)
+        return MemoryInfo(total_bytes, free_bytes)
+
     @contextmanager
     def guard(self) -> Iterator[None]:
+        import_no_extensions()
         import torch
 
         if self._torch_threads is not None:
@@ -49,7 +63,10 @@ class CudaDriver:
     def is_out_of_memory(self, error: BaseException) -> bool:
         import torch
 
-        return isinstance(error, torch.OutOfMemoryError | MemoryError)
+        return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+            # Only torch's own allocator has a class for it; the libraries beneath say it in words.
+            isinstance(error, RuntimeError) and any(words in str(error) for words in LACK_IN_WORDS)
+        )
 
     def release(self) -> None:
         import torch
@@ -62,5 +79,6 @@ class CudaDriver:
 
         # Properties only: asking a device for its free memory would leave a context of hundreds of megabytes on it.
         properties = torch.cuda.get_device_properties(index)
+        # Older ones compute in bf16 by way of fp32: neither faster nor smaller.
         dtypes = ("fp32", "fp16", "bf16") if properties.major >= 8 else ("fp32", "fp16")
         return DeviceInfo(f"cuda:{index}", properties.name, properties.total_memory, dtypes)

@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 
-from workers.backends import DeviceInfo
+from workers.backends import DeviceInfo, MemoryInfo
 from workers.backends.cpu import process_peak_bytes
 
 
@@ -17,6 +17,12 @@ class StubDriver:
 
     def probe(self) -> tuple[DeviceInfo, ...]:
         return (DeviceInfo(self.device, "stub", None, ("fp32", "fp16", "bf16")),)
+
+    def features(self) -> tuple[str, ...]:
+        return ()
+
+    def memory(self) -> MemoryInfo | None:
+        return None
 
     def guard(self) -> AbstractContextManager[None]:
         return nullcontext()

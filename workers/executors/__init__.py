@@ -53,8 +53,20 @@ def executor_for(backend: str, mode: ExecutionMode) -> Executor:
         from workers.executors.stub import StubExecutor
 
         return StubExecutor()
+    if mode is ExecutionMode.MODULAR:
+        from workers.executors.modular import ModularExecutor
+
+        return ModularExecutor()
     if mode is ExecutionMode.LEGACY_CALL:
         from workers.executors.legacy_call import LegacyCallExecutor
 
         return LegacyCallExecutor()
+    if mode is ExecutionMode.SUBPROCESS:
+        from workers.executors.program import ProgramExecutor
+
+        return ProgramExecutor()
+    if mode is ExecutionMode.PERSISTENT_WORKER:
+        from workers.executors.rank_group import RankGroupExecutor
+
+        return RankGroupExecutor()
     raise ConfigurationError(f"This worker has no executor for the mode {mode.value!r}.", "Run the model elsewhere.")

@@ -1,5 +1,6 @@
 """The stub executor: small pictures from a hash, with costs and failures on order. No torch."""
 
+import ctypes
 import hashlib
 import os
 import signal
@@ -10,6 +11,7 @@ from PIL import Image, ImageDraw
 from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.errors import NonFiniteOutput
 from omnirt_tasks.registry import LoadRequest, ModelSpec
+from workers.backends.cpu import process_peak_bytes
 from workers.context import JobContext
 from workers.device import DeviceCall
 from workers.executors import LoadedModel
@@ -19,6 +21,8 @@ from workers.host import OutputFile, RunOrder
 DEFAULT_SIZE_PX = 64
 DEFAULT_STEPS = 8
 PREVIEW_SIDE_PX = 16
+EATEN_BYTES = 512 * 1024 * 1024
+EATEN_AT_ONCE_BYTES = 16 * 1024 * 1024
 
 
 class StubExecutor:
@@ -31,7 +35,7 @@ class StubExecutor:
         config = order.request.config
         count = _integer(config, "num_images_per_prompt") or 1
         total = _integer(config, "num_inference_steps") or DEFAULT_STEPS
-        forward = _Forward(config, count, job.device.closing)
+        forward = _Forward(config, count, job.device.closing, order.attempt)
 
         def on_device(stage: str, step: int | None = None) -> None:
             job.on_device(DeviceCall(model, forward, (step,)), stage)
@@ -56,10 +60,11 @@ class StubExecutor:
 class _Forward:
     """The stub's heavy module: one call is one forward pass over `count` pictures."""
 
-    def __init__(self, config: JsonObject, count: int, closing: threading.Event) -> None:
+    def __init__(self, config: JsonObject, count: int, closing: threading.Event, attempt: int) -> None:
         self._config = config
         self._count = count
         self._closing = closing
+        self._crashes = attempt <= (_integer(config, "crash_attempts") or 1)
 
     def __call__(self, step: int | None) -> None:
         if step is None:
@@ -73,10 +78,37 @@ class _Forward:
             raise MemoryError(f"a chunk of {self._count} pictures; {fits} fit")
         if step == _integer(config, "fail_at_step"):
             raise RuntimeError(f"told to fail at step {step}")
-        if step == _integer(config, "crash_at_step"):
-            os.kill(os.getpid(), signal.SIGKILL)
+        if step == _integer(config, "crash_at_step") and self._crashes:
+            _crash(str(config.get("crash", "kill")))
         if step == _integer(config, "hang_at_step"):
             self._closing.wait()
+
+
+def _crash(how: str) -> None:
+    """End this process, or hold it for ever, as device code might."""
+    match how:
+        case "segv":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        case "exit":
+            os._exit(3)
+        case "abort":
+            os.abort()
+        case "memory":
+            _eat_memory()
+        case "hold-gil":
+            ctypes.PyDLL(None).pause()  # a PyDLL's functions are called with the interpreter's lock
+        case _:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _eat_memory() -> None:
+    """Take memory, to a bound so that the host is not harmed, and end as the kernel ends who has taken too much."""
+    limit_bytes = process_peak_bytes() + EATEN_BYTES
+    eaten = []
+    while process_peak_bytes() < limit_bytes:
+        eaten.append(bytearray(EATEN_AT_ONCE_BYTES))
+        eaten[-1][::4096] = b"x" * (EATEN_AT_ONCE_BYTES // 4096)  # resident, page by page
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _picture(order: RunOrder, index: int, size: tuple[int, int]) -> Image.Image:

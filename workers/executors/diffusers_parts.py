@@ -1,0 +1,231 @@
+"""What runs of diffusers pipelines share, classic and modular: one load, and what each job must have of its own.
+
+load ─► the family's loader ─► heavy modules sent to the device thread ─► LoadedModel
+run  ─► own scheduler, VAE, generators, lent tokenizers ─► the pipeline ─► numbers ─► pictures or videos
+"""
+
+import copy
+import logging
+import math
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from PIL import Image, ImageOps
+
+from omnirt_tasks.contract import Task
+from omnirt_tasks.contract.base import JsonObject
+from omnirt_tasks.errors import ModelFailed
+from omnirt_tasks.registry import DiffusersModel, LoadRequest, ModelSpec
+from workers.context import JobContext
+from workers.executors import LoadedModel
+from workers.executors.pictures import picture_seed, save_pictures
+from workers.executors.videos import save_video
+from workers.host import OutputFile, RunOrder
+
+if TYPE_CHECKING:
+    import torch
+
+S = TypeVar("S")
+
+# The scheduler classes behind the names of the contract; "native" is the one that the weights came with.
+SCHEDULERS: Mapping[str, str] = {
+    "euler-discrete": "EulerDiscreteScheduler",
+    "ddim": "DDIMScheduler",
+    "dpm-solver": "DPMSolverMultistepScheduler",
+    "euler-ancestral": "EulerAncestralDiscreteScheduler",
+}
+# The components that every job borrows, by the beginning of their names.
+LENT_COMPONENTS = ("tokenizer", "feature_extractor", "processor")
+# For models with true_cfg_scale, whose pipelines do without guidance unless there is one.
+NO_NEGATIVE_PROMPT = " "
+# Tasks whose input pictures are one for each picture that is made.
+CHANGES_PICTURES = frozenset({Task.IMAGE2IMAGE, Task.INPAINT})
+
+
+class Lender:
+    """Lends each job tokenizers that nobody else uses meanwhile, and lends them again.
+
+    Fast tokenizers give wrong lengths when threads share them; a copy of a large vocabulary takes half a second, so
+    there are only as many as jobs have run at once.
+    """
+
+    def __init__(self, originals: Mapping[str, Any]) -> None:
+        self._originals = dict(originals)
+        self._free = [self._originals]  # append and pop are atomic
+
+    @contextmanager
+    def lent(self) -> Iterator[Mapping[str, Any]]:
+        """A set of tokenizers by component name, the borrower's own while inside."""
+        try:
+            own = self._free.pop()
+        except IndexError:
+            own = copy.deepcopy(self._originals)
+        try:
+            yield own
+        finally:
+            self._free.append(own)
+
+
+class DiffusersExecutor(ABC, Generic[S]):
+    """Loads a model once, and runs each job on a pipeline of its own around the shared weights.
+
+    S is what a mode keeps of a loaded model for all jobs; nobody changes it.
+    """
+
+    # One for the process: the libraries' loaders swap functions and the default dtype of all of it meanwhile.
+    _loading: ClassVar[threading.Lock] = threading.Lock()
+
+    def load(self, spec: ModelSpec, request: LoadRequest) -> LoadedModel:
+        """Raises ModelFailed or ConfigurationError when the folder is not whole, or what the libraries raise."""
+        assert spec.loader is not None, "a model without a loader is not runnable"
+        with self._loading:
+            _set_up_libraries()
+            from workers.executors.heavy import keep_in_fp32_what_overflows, placement, send_to_device, size_bytes
+
+            loaded = spec.loader(spec, request)
+            assert isinstance(loaded, DiffusersModel), "what a family of this mode loads"
+            components = loaded.components
+            keep_in_fp32_what_overflows(loaded.by_task.values())
+            send_to_device(components, compiled=request.compile)
+            tokenizers = {name: part for name, part in components.items() if name.startswith(LENT_COMPONENTS)}
+            return LoadedModel(
+                self._shared(loaded, Lender(tokenizers)), placement(components), size_bytes=size_bytes(components)
+            )
+
+    def run(self, model: LoadedModel, order: RunOrder, job: JobContext) -> tuple[OutputFile, ...]:
+        """Raises NonFiniteOutput rather than give a picture made from NaN; ModelFailed for a run without a step."""
+        job.stage("encode_prompt")
+        numbers = self._call(model.content, order, job)
+        job.check()
+        job.stage("export")
+        return _save(numbers, order, job)
+
+    @abstractmethod
+    def _shared(self, loaded: DiffusersModel, tokenizers: Lender) -> S:
+        """What the jobs of a freshly loaded model share."""
+
+    @abstractmethod
+    def _call(self, shared: S, order: RunOrder, job: JobContext) -> Any:
+        """Run the job's own pipeline; its output in numbers from 0 to 1, as `output_type="pt"` gives them."""
+
+
+def own_components(shared: Mapping[str, Any], tokenizers: Mapping[str, Any], config: JsonObject) -> dict[str, Any]:
+    """A pipeline's components for one job: those that it changes are its own, the others are shared."""
+    from workers.executors.heavy import own_vae
+
+    components = {**shared, **tokenizers}
+    if (native := components.get("scheduler")) is not None:
+        wanted = SCHEDULERS.get(str(config.get("scheduler")))
+        components["scheduler"] = copy.deepcopy(native) if wanted is None else _scheduler(wanted, native)
+    slicing, tiling = config.get("vae_slicing") is True, config.get("vae_tiling") is True
+    if slicing or tiling:
+        components["vae"] = own_vae(components["vae"], slicing=slicing, tiling=tiling)
+    return components
+
+
+def call_arguments(accepted: Collection[str], order: RunOrder) -> dict[str, Any]:
+    """The arguments of a pipeline's call: of what the request has, those that the pipeline takes."""
+    request = order.request
+    config = request.config
+    count = number_of_pictures(config)
+    negative_prompt = request.inputs.negative_prompt
+    if negative_prompt is None and "true_cfg_scale" in config:
+        negative_prompt = NO_NEGATIVE_PROMPT
+    given: dict[str, Any] = {
+        **config,
+        "prompt": request.inputs.prompt,
+        "negative_prompt": negative_prompt,
+        "num_frames": request.inputs.num_frames,
+        "generator": _generators(order, count),
+        "output_type": "pt",  # numbers, so that they are looked at before they become pixels
+    }
+    for name, picture in _pictures_given(order, resize="image" in accepted).items():
+        # One for each picture to be made: from a single one, pipelines draw what all its pictures begin with from the
+        # first seed.
+        given[name] = [picture] * count if count > 1 and request.task in CHANGES_PICTURES else picture
+    if "image" in given and "strength" in config:
+        _require_a_step(config)
+    return {name: value for name, value in given.items() if name in accepted and value is not None}
+
+
+def number_of_pictures(config: JsonObject) -> int:
+    """How many pictures the job makes."""
+    count = config.get("num_images_per_prompt", 1)
+    assert isinstance(count, int)
+    return count
+
+
+def _set_up_libraries() -> None:
+    """Keep the libraries offline, without code from elsewhere, and silent.
+
+    Their warnings quote prompts (what was cut off), and prompts are private; errors come as exceptions anyway, which
+    modular pipelines write out in full besides.
+    """
+    # Read when diffusers is imported, here if not before.
+    os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "true")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.set_verbosity(logging.CRITICAL)
+    diffusers_logging.disable_progress_bar()
+
+
+def _generators(order: RunOrder, count: int) -> "list[torch.Generator]":
+    """A generator for each picture. On the CPU, whatever the device, so that a seed is the same picture everywhere."""
+    import torch
+
+    return [torch.Generator("cpu").manual_seed(picture_seed(order, index)) for index in range(count)]
+
+
+def _pictures_given(order: RunOrder, *, resize: bool) -> dict[str, Image.Image]:
+    """The input pictures as the pipelines name them, cropped to the size asked for."""
+    width, height = order.request.config.get("width"), order.request.config.get("height")
+    size = (width, height) if isinstance(width, int) and isinstance(height, int) and resize else None
+    given = {}
+    for input_name, argument, mode in (("image", "image", "RGB"), ("mask", "mask_image", "L")):
+        if (path := order.files.get(input_name)) is None:
+            continue
+        with Image.open(path) as stored:
+            picture = ImageOps.exif_transpose(stored).convert(mode)
+        if size is not None and picture.size != size:
+            picture = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
+        given[argument] = picture
+    return given
+
+
+def _require_a_step(config: Mapping[str, Any]) -> None:
+    steps, strength = config.get("num_inference_steps"), config["strength"]
+    if isinstance(steps, int) and int(steps * strength) < 1:
+        raise ModelFailed(
+            f"strength {strength} of {steps} steps leaves no step to run.",
+            f"Ask for a strength of at least {math.ceil(1000 / steps) / 1000}, or for more steps.",
+        )
+
+
+def _scheduler(class_name: str, native: Any) -> Any:
+    import diffusers
+
+    return getattr(diffusers, class_name).from_config(native.config)
+
+
+def _save(numbers: Any, order: RunOrder, job: JobContext) -> tuple[OutputFile, ...]:
+    """Files from numbers in 0 to 1: (pictures, channels, height, width), or (videos, frames, channels, …)."""
+    import torch
+
+    from workers.executors.heavy import require_finite
+
+    tensor = numbers if isinstance(numbers, torch.Tensor) else torch.stack(list(numbers))
+    require_finite(tensor)
+    pixels = tensor.detach().float().cpu().clamp(0, 1).mul(255).round().to(torch.uint8).movedim(-3, -1).numpy()
+    if pixels.ndim == 5:
+        return tuple(save_video(frames, index, order, job) for index, frames in enumerate(pixels))
+    pictures = [Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture) for picture in pixels]
+    return save_pictures(pictures, order)

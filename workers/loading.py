@@ -1,0 +1,146 @@
+"""Which model a run needs, in which form, whether its files are sound, and what it can do here."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omnirt_tasks.contract import ModelAbility
+from omnirt_tasks.contract.base import JsonObject
+from omnirt_tasks.errors import ModelFailed
+from omnirt_tasks.registry import LoadRequest, ModelSpec
+from omnirt_tasks.registry.footprint import FALLBACK_DTYPE, default_dtype, weights_bytes_by_dtype
+from omnirt_tasks.registry.weight_files import UnsoundWeights, count_tensors
+from workers.backends import DeviceInfo
+
+FOLDERS_SETTING = "OMNIRT_MODEL_FOLDERS"
+
+
+@dataclass(frozen=True)
+class ModelKey:
+    """What tells loaded models apart: whatever changes the weights in memory, and nothing of a job's.
+
+    `weights` is their folder, or the model's id where it has none. `quantisation` is "" until there is one.
+    """
+
+    weights: str
+    revision: str
+    dtype: str
+    quantisation: str
+    placement: str
+    compile: bool
+
+
+class Shelf:
+    """The models of a host: what each is loaded from, and as what. Safe to share between threads."""
+
+    def __init__(
+        self, models: Sequence[ModelSpec], folders: Mapping[str, Path], device: DeviceInfo, torch_device: str
+    ) -> None:
+        self._models = {spec.id: spec for spec in models}
+        self._folders = {model: folder.resolve() for model, folder in folders.items()}
+        self._device = device
+        self._torch_device = torch_device
+        self._weights_bytes: dict[str, Mapping[str, int]] = {}  # by model and dtype, from the files' headers
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The models' ids, in order."""
+        return tuple(sorted(self._models))
+
+    def spec(self, model: str) -> ModelSpec:
+        """The model's spec. Raises ModelFailed for one that is not served here."""
+        spec = self._models.get(model)
+        if spec is None:
+            raise ModelFailed(
+                f"This worker does not serve the model {model!r} on {self._device.device}, or has not its weights.",
+                f"The operator names their folder in {FOLDERS_SETTING}.",
+            )
+        return spec
+
+    def load_request(self, spec: ModelSpec, config: JsonObject) -> LoadRequest:
+        """What a job with this config has the model loaded as. Raises ModelFailed for a dtype the device cannot do."""
+        dtype = str(config.get("dtype", FALLBACK_DTYPE))
+        if dtype not in self._device.dtypes:  # another would make the report tell what did not happen
+            raise ModelFailed(
+                f"The device {self._device.device} does not compute in {dtype}.",
+                f"Ask for the dtype {' or '.join(self._device.dtypes)}.",
+            )
+        return LoadRequest(
+            folder=self._folders.get(spec.id, Path()),
+            device=self._torch_device,
+            dtype=dtype,
+            compile=config.get("compile") is True,
+        )
+
+    def default_request(self, spec: ModelSpec) -> LoadRequest:
+        """What most jobs have the model loaded as: its first task's own dtype, if the device computes in it."""
+        wished, possible = default_dtype(next(iter(spec.tasks.values()))), self._device.dtypes
+        instead = FALLBACK_DTYPE if FALLBACK_DTYPE in possible else possible[0]
+        return self.load_request(spec, {"dtype": wished if wished in possible else instead})
+
+    def key(self, spec: ModelSpec, request: LoadRequest) -> ModelKey:
+        """Two jobs with equal keys share the loaded model."""
+        return ModelKey(
+            weights=self._weights_of(spec.id),
+            revision=spec.revision,
+            dtype=request.dtype,
+            quantisation="",
+            placement=request.device,
+            compile=request.compile,
+        )
+
+    def require_sound(self, spec: ModelSpec) -> None:
+        """Raise ModelFailed, with the remedy, unless the model's weights are there and whole."""
+        if not _loads_weights(spec):
+            return
+        folder = self._folders.get(spec.id)
+        if folder is None or not folder.is_dir() or not any(folder.iterdir()):
+            raise ModelFailed(
+                f"The weights of {spec.id} are not on this worker.",
+                f"The operator names the folder that holds them in {FOLDERS_SETTING}.",
+            )
+        try:
+            count_tensors(folder)
+        except UnsoundWeights as unsound:
+            raise ModelFailed(
+                str(unsound), f"The operator puts whole safetensors into the folder that {FOLDERS_SETTING} names."
+            ) from unsound
+
+    def estimate_bytes(self, spec: ModelSpec, dtype: str) -> int:
+        """What the model will take once loaded, as far as its files tell; else 0."""
+        return self._weights_bytes_of(spec).get(dtype, 0)
+
+    def ids_loaded(self, keys: Iterable[ModelKey]) -> tuple[str, ...]:
+        """The models whose weights one of the keys holds, in order."""
+        held = {key.weights for key in keys}
+        return tuple(model for model in self.ids if self._weights_of(model) in held)
+
+    def abilities(self, seconds_per_unit: Callable[[str], float | None]) -> dict[str, ModelAbility]:
+        """What each model can do on this device."""
+        return {
+            spec.id: ModelAbility(
+                tasks=tuple(spec.tasks),
+                execution_mode=spec.execution_mode,
+                dtypes=self._device.dtypes,
+                options=tuple(sorted({name for task in spec.tasks.values() for name in task.options})),
+                weights_bytes=dict(self._weights_bytes_of(spec)),
+                working_bytes_per_pixel=spec.working_bytes_per_pixel,
+                seconds_per_unit=seconds_per_unit(spec.id),
+            )
+            for spec in self._models.values()
+        }
+
+    def _weights_bytes_of(self, spec: ModelSpec) -> Mapping[str, int]:
+        if spec.id not in self._weights_bytes:
+            folder = self._folders.get(spec.id) if _loads_weights(spec) else None
+            counted = {} if folder is None else weights_bytes_by_dtype(folder, self._device.dtypes)
+            self._weights_bytes[spec.id] = counted
+        return self._weights_bytes[spec.id]
+
+    def _weights_of(self, model: str) -> str:
+        return str(self._folders.get(model, f"model:{model}"))
+
+
+def _loads_weights(spec: ModelSpec) -> bool:
+    """Whether the model is loaded from a folder; a backend that needs no loader (cpu-stub) needs no weights either."""
+    return spec.needs.weights and spec.loader is not None

@@ -1,0 +1,235 @@
+"""What two halves of a host say to each other when they live in two processes, over one socket.
+
+    asking half ── the start · Submit · Interrupt · Close ──► serving half (`serve`), around a DeviceHost
+    asking half ◄── StartFailed | Ready · Told · Ended · State ── serving half
+
+Messages are pickled, which is safe between a process and the child that it started itself over a socket in a folder of
+its own. Files never travel: an order names folders that both halves see.
+"""
+
+import pickle
+import resource
+import socket
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from omnirt_tasks.contract import ErrorInfo, EventName
+from workers.backends.cpu import process_peak_bytes
+from workers.host import (
+    DeviceCapability,
+    DeviceHost,
+    HostConfig,
+    HostEvent,
+    HostHealth,
+    InterruptReason,
+    RunOrder,
+    RunOutcome,
+)
+
+OUTBOX_MESSAGES_MAX = 8_192
+BEAT_S = 1.0
+CLOSED_WITHIN_S = 5.0
+# What may be missed when the other half does not read: it is told again, or was only to be looked at.
+DROPPABLE = frozenset({EventName.PREVIEW, EventName.STAGE_PROGRESS})
+
+
+@dataclass(frozen=True)
+class ChildStart:
+    """What the device's child is told first."""
+
+    config: HostConfig
+    log_level: str
+    log_json: bool
+
+
+@dataclass(frozen=True)
+class Submit:
+    """Run the order; `key` is the asking half's name for the run, since a job may run twice at once."""
+
+    key: int
+    order: RunOrder
+
+
+@dataclass(frozen=True)
+class Interrupt:
+    """Stop the job's runs at their next device call."""
+
+    job_id: str
+    reason: InterruptReason
+
+
+@dataclass(frozen=True)
+class Close:
+    """Give back what runs, waiting for it at most `timeout_s`, and end."""
+
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class StartFailed:
+    """There will be no Ready. `configuration` tells that another try would fail alike."""
+
+    error: ErrorInfo
+    configuration: bool
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Orders are taken from now on."""
+
+    pid: int
+    capability: DeviceCapability
+
+
+@dataclass(frozen=True)
+class Told:
+    """An event of the run."""
+
+    key: int
+    event: HostEvent
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What became of the run."""
+
+    key: int
+    outcome: RunOutcome
+
+
+@dataclass(frozen=True)
+class State:
+    """How the serving half stands: after each run, and each second. `memory_bytes` is its process's resident memory."""
+
+    capability: DeviceCapability
+    health: HostHealth
+    memory_bytes: int
+
+
+Message = Submit | Interrupt | Close | StartFailed | Ready | Told | Ended | State
+
+
+class Outbox:
+    """Sends messages in order from a thread of its own, many at once, so that `put` never blocks.
+
+    Bounded: when the other half does not read, the oldest progress and previews go first. Owns the sending side of the
+    connection.
+    """
+
+    def __init__(self, connection: Connection, name: str) -> None:
+        self._connection = connection
+        self._changed = threading.Condition()
+        self._waiting: deque[object] = deque()
+        self._closed = False
+        self._thread = threading.Thread(target=self._send, name=name, daemon=True)
+        self._thread.start()
+
+    def put(self, message: object) -> None:
+        """Send the message soon; once the other half is gone, forget it."""
+        with self._changed:
+            if self._closed:
+                return
+            if len(self._waiting) >= OUTBOX_MESSAGES_MAX:
+                self._drop_one()
+            self._waiting.append(message)
+            self._changed.notify()
+
+    def close(self, timeout_s: float = CLOSED_WITHIN_S) -> None:
+        """Take no more; what waits is sent, if the other half reads it within `timeout_s`. Idempotent."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join(timeout_s)
+
+    def _drop_one(self) -> None:
+        for place, message in enumerate(self._waiting):
+            if isinstance(message, Told) and message.event.event in DROPPABLE:
+                del self._waiting[place]
+                return
+        self._waiting.popleft()
+
+    def _send(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                if not self._waiting:
+                    return
+                batch = tuple(self._waiting)
+                self._waiting.clear()
+            try:
+                self._connection.send(batch)
+            except (OSError, ValueError):  # the other half is gone, which its reader learns by itself
+                with self._changed:
+                    self._closed = True
+                    self._waiting.clear()
+                return
+
+
+def receive(connection: Connection) -> Sequence[Any]:
+    """The next messages, waited for. Raises EOFError once the other half is gone, however it went."""
+    try:
+        batch: Sequence[Any] = connection.recv()
+    except (OSError, pickle.UnpicklingError) as error:  # it died in the middle of a message
+        raise EOFError from error
+    return batch
+
+
+def connect(address: str) -> Connection:
+    """The connection to the half that listens at this address. Raises OSError when it is gone."""
+    with socket.socket(socket.AF_UNIX) as end:
+        end.connect(address)
+        return Connection(end.detach())
+
+
+def serve(host: DeviceHost, connection: Connection, *, pid: int) -> bool:
+    """Serve the host until the asking half says Close (true) or is gone (false). The host is closed by then."""
+    outbox = Outbox(connection, "wire-outbox")
+    outbox.put(Ready(pid, host.capability()))
+    closing: Close | None = None
+    try:
+        while closing is None:
+            if not connection.poll(BEAT_S):
+                outbox.put(_state(host))
+                continue
+            for message in receive(connection):
+                match message:
+                    case Submit(key, order):
+                        _submit(host, outbox, key, order)
+                    case Interrupt(job_id, reason):
+                        host.interrupt(job_id, reason)
+                    case Close():
+                        closing = message
+    except (EOFError, OSError):
+        host.close(0.0)
+        return False
+    host.close(closing.timeout_s)
+    outbox.close()
+    return True
+
+
+def _submit(host: DeviceHost, outbox: Outbox, key: int, order: RunOrder) -> None:
+    future = host.submit(order, lambda event: outbox.put(Told(key, event)))
+
+    def ended(_: object) -> None:
+        outbox.put(_state(host))  # first, so that whoever sees the end sees what it left
+        outbox.put(Ended(key, future.result()))
+
+    future.add_done_callback(ended)
+
+
+def _state(host: DeviceHost) -> State:
+    return State(host.capability(), host.health(), process_memory_bytes())
+
+
+def process_memory_bytes() -> int:
+    """The resident memory of this process; its peak, where the system does not tell the present."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:  # not Linux
+        return process_peak_bytes()
+    return pages * resource.getpagesize()
