@@ -103,7 +103,7 @@ class ChildProcess:
     def _wait(self) -> None:
         self._process.wait()
         self._clear_group()  # of what the command itself left behind
-        self._reader.join()
+        self._reader.join(GONE_TIMEOUT_S)  # who left the group may still hold the output
         self._ended.set()
         if self._on_exit is not None:
             self._on_exit(self)

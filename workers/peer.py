@@ -196,6 +196,7 @@ class PeerHost:
                     end, _ = self._listener.accept()
                 except TimeoutError:
                     continue
+                shutil.rmtree(self._folder, ignore_errors=True)  # nobody else is to come
                 end.setblocking(True)
                 return Connection(end.detach())
         return None

@@ -12,9 +12,9 @@ from omnirt_tasks.bench.figures import Table
 @click.group(invoke_without_command=True)
 @click.pass_context
 def bench(ctx: click.Context) -> None:
-    """Measure this installation; without a name, everything. Tables go to standard output, as Markdown."""
+    """Measure this installation; without a name, all that needs no GPU. Tables go to standard output, as Markdown."""
     if ctx.invoked_subcommand is None:
-        for command in (submit, latency, stream, memory, models):
+        for command in (submit, latency, placement, stream, memory, models):
             ctx.invoke(command)
 
 
@@ -37,6 +37,17 @@ def latency(jobs: int, torch_threads: int) -> None:
     from omnirt_tasks.bench import latency as module
 
     _run("latency", module.measure(jobs, torch_threads), jobs)
+
+
+@bench.command()
+@click.option("--rounds", default=7, show_default=True, help="Turns of each placement.")
+@click.option("--jobs", default=16, show_default=True, help="Jobs of a turn, eight at once.")
+@click.option("--torch-threads", default=1, show_default=True)
+def placement(rounds: int, jobs: int, torch_threads: int) -> None:
+    """Eight jobs at once, with the device in a process of its own against a thread."""
+    from omnirt_tasks.bench import placement as module
+
+    _run("placement", module.measure(rounds, jobs, torch_threads), rounds)
 
 
 @bench.command()
