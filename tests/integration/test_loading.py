@@ -85,9 +85,10 @@ def test_a_load_that_is_broken_off_leaves_nothing_while_its_error_lives(
         if done == 2:
             raise StopNow
 
-    with pytest.raises(StopNow):
+    with pytest.raises(StopNow) as raised:
         load_diffusers(CLASSES, dataclasses.replace(request(folder), loaded_part=stop))
     gc.collect()
+    assert raised.value.__traceback__ is not None
     assert made
     assert [module() for module in made if module() is not None] == []
 
@@ -111,6 +112,16 @@ def no_safetensors(part: Path) -> None:
     next(part.glob("*.safetensors")).write_bytes(b"\x80\x04a pickle of old\n" * 64)
 
 
+def pickled(part: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    weights = next(part.glob("*.safetensors"))
+    name = {"model": "pytorch_model"}.get(weights.stem, weights.stem)
+    torch.save(load_file(weights), part / f"{name}.bin")
+    weights.unlink()
+
+
 def one_tensor_less(part: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -121,7 +132,7 @@ def one_tensor_less(part: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
-@pytest.mark.parametrize("spoil", [no_file, no_folder, cut_short, no_safetensors, one_tensor_less])
+@pytest.mark.parametrize("spoil", [no_file, no_folder, cut_short, no_safetensors, pickled, one_tensor_less])
 def test_a_part_that_is_not_whole_is_named_with_a_remedy_and_no_path(
     folder: Path, spoil: Callable[[Path], None], part: str
 ) -> None:
