@@ -254,7 +254,11 @@ def _judged(worker: WorkerCapability, request: ResolvedRequest, spec: ModelSpec)
     ability = worker.abilities.get(spec.id)
     if ability is None:
         return Judgement(worker.device)
-    findings = [*_check_task(worker, ability, request), *_check_features(worker, request)]
+    findings = [
+        *_check_task(worker, ability, request),
+        *_check_limits(worker, ability, request),
+        *_check_features(worker, request),
+    ]
     lack = _lack_of_memory(worker, ability, request, spec)
     if lack is None:
         return Judgement(worker.device, tuple(findings), ability.seconds_per_unit)
@@ -267,6 +271,23 @@ def _check_task(worker: WorkerCapability, ability: ModelAbility, request: Resolv
         able = f"{worker.device} does {listed(ability.tasks)}"
         told = f"No live worker does {request.task} with {request.model}; {able}."
         yield Finding(Problem(loc="task", rule="supported", message=told))
+
+
+def _check_limits(worker: WorkerCapability, ability: ModelAbility, request: ResolvedRequest) -> Iterable[Finding]:
+    """What is beyond the worker: its own version of the model may have narrower bounds than this process's."""
+    asked = {
+        **{name: (f"config.{name}", value) for name, value in request.config.items()},
+        **{name: (f"inputs.{name}", value) for name, value in request.inputs.model_dump().items()},
+    }
+    for name, maximum in ability.limits.get(str(request.task), {}).items():
+        loc, value = asked.get(name, ("", None))
+        if isinstance(value, int | float) and value > maximum:
+            told = f"{value} is above {maximum:g}, the most that {worker.device} takes; use at most that."
+            yield Finding(Problem(loc=loc, rule="maximum", message=told))
+    ranks = request.config.get("devices")
+    if isinstance(ranks, int) and ranks > worker.ranks_max:
+        told = f"No live worker has {ranks} devices for one job: {worker.device} gives {worker.ranks_max}. Use fewer."
+        yield Finding(Problem(loc="config.devices", rule="supported", message=told))
 
 
 def _check_features(worker: WorkerCapability, request: ResolvedRequest) -> Iterable[Finding]:

@@ -141,7 +141,7 @@ class DeviceCapability:
     """What the device and its models can do; `memory_bytes` is None where it cannot be told.
 
     `memory_budget_bytes` is what models and runs may take together, `features` what the backend can do beside its
-    dtypes ("compile"), `abilities` what each model can do.
+    dtypes ("compile"), `ranks_max` the most ranks of a group on it, `abilities` what each model can do.
     """
 
     backend: str
@@ -154,6 +154,7 @@ class DeviceCapability:
     concurrency: int
     memory_budget_bytes: int | None = None
     features: tuple[str, ...] = ()
+    ranks_max: int = 1
     abilities: Mapping[str, ModelAbility] = field(default_factory=dict)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from omnirt_tasks.contract import ModelAbility
 from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.errors import ModelFailed
-from omnirt_tasks.registry import LoadRequest, ModelSpec
+from omnirt_tasks.registry import LoadRequest, ModelSpec, TaskSpec
 from omnirt_tasks.registry.footprint import FALLBACK_DTYPE, default_dtype, weights_bytes_by_dtype
 from omnirt_tasks.registry.weight_files import UnsoundWeights, count_tensors
 from workers.backends import DeviceInfo
@@ -19,14 +19,17 @@ FOLDERS_SETTING = "OMNIRT_MODEL_FOLDERS"
 class ModelKey:
     """What tells loaded models apart: whatever changes the weights in memory, and nothing of a job's.
 
-    `weights` is their folder, or the model's id where it has none. `quantisation` is "" until there is one.
+    Two models may name one folder and load it as different things. `folder` is "." where a model has none, and
+    `quantisation` is "" until there is one.
     """
 
-    weights: str
+    model: str
+    folder: Path
     revision: str
     dtype: str
     quantisation: str
     placement: str
+    devices: int
     compile: bool
 
 
@@ -70,6 +73,7 @@ class Shelf:
             device=self._torch_device,
             dtype=dtype,
             compile=config.get("compile") is True,
+            devices=devices if isinstance(devices := config.get("devices"), int) else 1,
         )
 
     def default_request(self, spec: ModelSpec) -> LoadRequest:
@@ -81,11 +85,13 @@ class Shelf:
     def key(self, spec: ModelSpec, request: LoadRequest) -> ModelKey:
         """Two jobs with equal keys share the loaded model."""
         return ModelKey(
-            weights=self._weights_of(spec.id),
+            model=spec.id,
+            folder=request.folder,
             revision=spec.revision,
             dtype=request.dtype,
             quantisation="",
             placement=request.device,
+            devices=request.devices,
             compile=request.compile,
         )
 
@@ -111,9 +117,8 @@ class Shelf:
         return self._weights_bytes_of(spec).get(dtype, 0)
 
     def ids_loaded(self, keys: Iterable[ModelKey]) -> tuple[str, ...]:
-        """The models whose weights one of the keys holds, in order."""
-        held = {key.weights for key in keys}
-        return tuple(model for model in self.ids if self._weights_of(model) in held)
+        """The models that the keys are of, in order."""
+        return tuple(sorted({key.model for key in keys}))
 
     def abilities(self, seconds_per_unit: Callable[[str], float | None]) -> dict[str, ModelAbility]:
         """What each model can do on this device."""
@@ -123,6 +128,7 @@ class Shelf:
                 execution_mode=spec.execution_mode,
                 dtypes=self._device.dtypes,
                 options=tuple(sorted({name for task in spec.tasks.values() for name in task.options})),
+                limits={str(task): _largest(its) for task, its in spec.tasks.items()},
                 weights_bytes=dict(self._weights_bytes_of(spec)),
                 working_bytes_per_pixel=spec.working_bytes_per_pixel,
                 seconds_per_unit=seconds_per_unit(spec.id),
@@ -137,8 +143,10 @@ class Shelf:
             self._weights_bytes[spec.id] = counted
         return self._weights_bytes[spec.id]
 
-    def _weights_of(self, model: str) -> str:
-        return str(self._folders.get(model, f"model:{model}"))
+
+def _largest(task: TaskSpec) -> dict[str, float]:
+    fields = {**task.options, **task.numbers}
+    return {name: float(option.maximum) for name, option in fields.items() if option.maximum is not None}
 
 
 def _loads_weights(spec: ModelSpec) -> bool:

@@ -87,7 +87,7 @@ class Serving:
                 undo.callback(MetricsServer(registry, host=settings.metrics_host, port=settings.metrics_port).close)
             config = host_config(settings, plan, device.device, concurrency)
             apart = placement_of(settings, plan.backend) is Placement.PROCESS
-            self._host: DeviceHost = self._child(config) if apart else ThreadHost.from_config(config)
+            self._host: DeviceHost = self._child(config) if apart else _thread_host(config)
             undo.callback(self._host.close, CLOSE_TIMEOUT_S)
             # This device's own: what a predecessor left there is nobody's.
             scratch_dir = settings.run_dir / SCRATCH_FOLDER / device.device.replace(":", "-")
@@ -210,6 +210,7 @@ class Serving:
             tags=self._settings.tags,
             dtypes=host.dtypes,
             features=host.features,
+            ranks_max=host.ranks_max,
             abilities=dict(host.abilities),
             pid=os.getpid(),
             host=socket.gethostname(),
@@ -243,6 +244,16 @@ def host_config(settings: Settings, plan: Plan, device: str, concurrency: int) -
         memory_budget_bytes=settings.memory_budget_bytes,
         warm_up=settings.warm_up,
     )
+
+
+def _thread_host(config: HostConfig) -> ThreadHost:
+    host = ThreadHost.from_config(config)
+    try:
+        host.warm_up()
+    except BaseException:
+        host.close(CLOSE_TIMEOUT_S)
+        raise
+    return host
 
 
 def _relay(line: str) -> None:

@@ -176,6 +176,7 @@ class ThreadHost:
             concurrency=self._concurrency,
             memory_budget_bytes=self._budget_bytes,
             features=self._features,
+            ranks_max=self._info.ranks_max,
             abilities=self._shelf.abilities(self._pace.seconds_per_unit),
         )
 

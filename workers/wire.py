@@ -34,6 +34,7 @@ from workers.host import (
 OUTBOX_MESSAGES_MAX = 8_192
 BEAT_S = 1.0
 CLOSED_WITHIN_S = 5.0
+UNFIT_WITHIN_S = 5.0
 # What may be missed when the other half does not read: it is told again, or was only to be looked at.
 DROPPABLE = frozenset({EventName.PREVIEW, EventName.STAGE_PROGRESS})
 
@@ -186,15 +187,16 @@ def connect(address: str) -> Connection:
         return Connection(end.detach())
 
 
-def serve(host: DeviceHost, connection: Connection, *, pid: int) -> bool:
-    """Serve the host until the asking half says Close (true) or is gone (false). The host is closed by then."""
+def serve(host: DeviceHost, connection: Connection, *, pid: int) -> None:
+    """Serve the host until the asking half says Close or is gone, or the host can run no more. It is closed by then."""
     outbox = Outbox(connection, "wire-outbox")
     outbox.put(Ready(pid, host.capability()))
-    closing: Close | None = None
+    timeout_s: float | None = None
     try:
-        while closing is None:
+        while timeout_s is None:
             if not connection.poll(BEAT_S):
                 outbox.put(_state(host))
+                timeout_s = None if host.health().ok else UNFIT_WITHIN_S
                 continue
             for message in receive(connection):
                 match message:
@@ -202,14 +204,12 @@ def serve(host: DeviceHost, connection: Connection, *, pid: int) -> bool:
                         _submit(host, outbox, key, order)
                     case Interrupt(job_id, reason):
                         host.interrupt(job_id, reason)
-                    case Close():
-                        closing = message
+                    case Close(within_s):
+                        timeout_s = within_s
     except (EOFError, OSError):
-        host.close(0.0)
-        return False
-    host.close(closing.timeout_s)
-    outbox.close()
-    return True
+        timeout_s = 0.0
+    host.close(timeout_s)
+    outbox.close()  # once all is told
 
 
 def _submit(host: DeviceHost, outbox: Outbox, key: int, order: RunOrder) -> None:

@@ -10,7 +10,8 @@ from omnirt_tasks.contract.result import ExecutionMode
 class ModelAbility(Answer):
     """What a worker can do with one of its models.
 
-    `options` are those that it takes, over all tasks. `weights_bytes` is what the weights take in each dtype that the
+    `limits` has the largest value of each number that it takes, by task and field; `options` are the names of all that
+    it takes, over all tasks. `weights_bytes` is what the weights take in each dtype that the
     device computes in, by dtype; empty where it is not known. A run takes `working_bytes_per_pixel` more for each pixel
     of its largest picture, or of all frames of its video, in the model's default dtype. `chunk_classes` name the runs
     that may share a forward pass. `seconds_per_unit` is the time of a unit of work as measured here (a megapixel
@@ -21,6 +22,7 @@ class ModelAbility(Answer):
     execution_mode: ExecutionMode
     dtypes: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    limits: dict[str, dict[str, float]] = Field(default_factory=dict)
     weights_bytes: dict[str, int] = Field(default_factory=dict)
     working_bytes_per_pixel: int = 0
     chunk_classes: tuple[str, ...] = ()
@@ -32,8 +34,8 @@ class WorkerCapability(Answer):
 
     `queues` are full queue names, `models` the ids it can run, `loaded` those in device memory now;
     `memory_bytes` is the device's, `memory_budget_bytes` what models and runs may take of it together, `concurrency`
-    the most jobs it holds at once. `features` are what the backend can do beside its dtypes ("compile"), `abilities`
-    what each model can do, by id.
+    the most jobs it holds at once. `features` are what the backend can do beside its dtypes ("compile"), `ranks_max` is
+    the most ranks that a group of processes may have on the device, `abilities` is what each model can do, by id.
     """
 
     worker_id: str
@@ -50,6 +52,7 @@ class WorkerCapability(Answer):
     tags: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = Field(default=())
     features: tuple[str, ...] = ()
+    ranks_max: int = 1
     abilities: dict[str, ModelAbility] = Field(default_factory=dict)
     pid: int = 0
     host: str = ""

@@ -158,6 +158,18 @@ def device() -> Option:
     return Option("device", OptionKind.TEXT, ANY_DEVICE, 'Device by name, as "cuda:1"; "auto" is any.')
 
 
+def devices(maximum: int, default: int = 1) -> Option:
+    """How many devices a rank group's model is spread over; its loader gives that many ranks."""
+    return Option(
+        "devices",
+        OptionKind.INTEGER,
+        default,
+        "Devices that the job runs on together.",
+        minimum=1,
+        maximum=maximum,
+    )
+
+
 def frames(default: int, maximum: int, multiple_of: int = 4, remainder: int = 1) -> Option:
     """How many frames a video has: an input, not an option. By default 4n + 1, as video autoencoders want it."""
     return Option(

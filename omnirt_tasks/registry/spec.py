@@ -83,14 +83,15 @@ def _say_nothing(part: str, done: int, total: int) -> None:
 class LoadRequest:
     """What a family's loader is asked for: `folder` of the weights, torch `device` ("cuda:0") and `dtype` ("fp16").
 
-    `compile` asks for a compiled denoiser. `loaded_part` is called after each of `total` parts, with its name and how
-    many are done; it may raise, to end the load.
+    `compile` asks for a compiled denoiser, `devices` for that many ranks of a rank group. `loaded_part` is called after
+    each of `total` parts, with its name and how many are done; it may raise, to end the load.
     """
 
     folder: Path
     device: str
     dtype: str
     compile: bool = False
+    devices: int = 1
     loaded_part: Callable[[str, int, int], None] = _say_nothing
 
 

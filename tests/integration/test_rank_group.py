@@ -15,11 +15,13 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from omnirt_tasks.contract import Inputs, ResolvedRequest, Task
 from omnirt_tasks.errors import ModelFailed, WorkerLost
 from omnirt_tasks.models.pocketsphinx import SPECS
-from omnirt_tasks.registry import Launcher, LoadRequest, ModelSpec, RankGroup
+from omnirt_tasks.registry import Launcher, LoadRequest, ModelSpec, Needs, RankGroup, options
 from tests.support.hosts import Recorder
 from tests.support.ranks import ENTRY
 from tests.support.waiting import eventually
@@ -29,7 +31,8 @@ from workers.device import DeviceThread
 from workers.executors import LoadedModel, executor_for
 from workers.executors import rank_group as rank_group_module
 from workers.executors.rank_group import RankGroupExecutor
-from workers.host import InterruptReason, OutputFile, RunOrder
+from workers.host import InterruptReason, OutputFile, RunOrder, RunSucceeded
+from workers.thread_host import ThreadHost
 
 TIMEOUT_S = 60.0
 
@@ -127,6 +130,40 @@ def test_both_ranks_take_part_in_every_job_and_are_started_once(tmp_path: Path, 
         assert two.sums(steps=1) == [11]
         assert [two.rank(0)["pid"], two.rank(1)["pid"]] == pids
     eventually(lambda: all(gone(pid) for pid in pids))
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_job_has_the_devices_that_it_asks_for_and_says_where_it_ran(tmp_path: Path, devices: int) -> None:
+    def load(_: ModelSpec, request: LoadRequest) -> RankGroup:
+        return RankGroup(ENTRY, request.devices, Launcher.TORCHRUN if request.devices > 1 else Launcher.PYTHON)
+
+    text = dataclasses.replace(
+        SPECS[0].tasks[Task.AUDIO2TEXT], options=options.by_name([options.devices(4)]), required_inputs=()
+    )
+    spec = dataclasses.replace(
+        SPECS[0], id="adder", loader=load, tasks={Task.AUDIO2TEXT: text}, needs=Needs(weights=True)
+    )
+    folder, outputs = tmp_path / "weights", tmp_path / "outputs"
+    outputs.mkdir()
+    save_file({"weight": torch.zeros(1)}, _made(folder) / "model.safetensors")
+    host = ThreadHost(
+        backend=driver("cpu", torch_threads=1), models=[spec], folders={"adder": folder}, cache_size=1, concurrency=1
+    )
+    request = ResolvedRequest(
+        task=Task.AUDIO2TEXT, model="adder", backend="cpu", inputs=Inputs(), config={"steps": 2, "devices": devices}
+    )
+
+    outcome = host.submit(RunOrder("job", 1, request, outputs), Recorder()).result(TIMEOUT_S)
+
+    host.close()
+    assert isinstance(outcome, RunSucceeded), outcome
+    assert json.loads((outputs / "0.txt").read_text(encoding="utf-8")) == [int("1" * devices)] * 2
+    assert list(outcome.facts.device_placement) == [f"rank {rank}" for rank in range(devices)]
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 def test_each_step_is_told_as_the_job_s_own(one: Adders) -> None:

@@ -86,8 +86,10 @@ def ability(
     per_pixel_bytes: int = 0,
     seconds: float | None = None,
     tasks: Sequence[Task] = (Task.TEXT2IMAGE,),
+    limits: Mapping[str, float] | None = None,
 ) -> ModelAbility:
     return ModelAbility(
+        limits={Task.TEXT2IMAGE.value: dict(limits or {})},
         tasks=tuple(tasks),
         execution_mode=ExecutionMode.LEGACY_CALL,
         weights_bytes=dict(weights_bytes or {}),
@@ -322,6 +324,32 @@ def test_a_queue_is_preferred_where_whoever_takes_the_job_can_run_it(fleet: list
     waiting = {queue: 1_000}  # however long it is
 
     assert route(request(SDXL.id, dtype="fp16", **SIZE), SDXL, fleet, waiting).queue == queue
+
+
+def test_what_is_beyond_a_workers_own_limits_goes_elsewhere_or_is_refused_by_the_field() -> None:
+    narrow = worker("cpu-shapes", "shapes", ability=ability(limits={"num_inference_steps": 20, "num_frames": 9}))
+    wide = worker("cuda-shapes", "shapes", ability=ability(limits={"num_inference_steps": 200}))
+    wish = request(num_inference_steps=30)
+
+    error = refusal(wish, SHAPES, [narrow])
+
+    assert [(problem.loc, problem.rule) for problem in error.details] == [("config.num_inference_steps", "maximum")]
+    assert "30 is above 20" in error.details[0].message
+    assert route(wish, SHAPES, [narrow, wide]).queue == "cuda-shapes"
+    assert route(request(num_inference_steps=20), SHAPES, [narrow, wide]).queue == "cpu-shapes"
+    frames = refusal(request(num_frames=13), SHAPES, [narrow])
+    assert [problem.loc for problem in frames.details] == ["inputs.num_frames"]
+
+
+def test_a_job_on_several_devices_needs_a_worker_that_gives_them() -> None:
+    one, four = (worker(f"{name}-shapes", "shapes", ability=ability()) for name in ("cpu", "cuda"))
+    four = four.model_copy(update={"ranks_max": 4})
+
+    error = refusal(request(devices=2), SHAPES, [one])
+
+    assert [problem.loc for problem in error.details] == ["config.devices"]
+    assert "cpu:0 gives 1" in error.details[0].message
+    assert route(request(devices=2), SHAPES, [one, four]).queue == "cuda-shapes"
 
 
 def test_a_wish_to_compile_needs_a_device_that_can() -> None:

@@ -14,12 +14,16 @@ COMPILE = "compile"
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """One device: `device` is its name ("cuda:0", "cpu:0"), `memory_bytes` None where it cannot be told."""
+    """One device: `device` is its name ("cuda:0", "cpu:0"), `memory_bytes` None where it cannot be told.
+
+    A rank group may have `ranks_max` ranks on it: one, unless ranks can share it.
+    """
 
     device: str
     name: str
     memory_bytes: int | None
     dtypes: tuple[str, ...]
+    ranks_max: int = 1
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,10 @@ class CpuDriver:
         if importlib.util.find_spec("torch") is None:
             return ()
         # Half precision is left out: most processors emulate it, slower than fp32.
-        return (DeviceInfo(self.device, _processor(), host_memory_bytes(), ("fp32", "bf16")),)
+        info = DeviceInfo(
+            self.device, _processor(), host_memory_bytes(), ("fp32", "bf16"), ranks_max=os.cpu_count() or 1
+        )
+        return (info,)
 
     def features(self) -> tuple[str, ...]:
         compiler = os.environ.get("CXX", CXX_COMPILER)

@@ -22,7 +22,8 @@ log = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
 PARENT_POLL_S = 0.5
-LAST_WORDS_WITHIN_S = 1.0
+LAST_WORDS_WITHIN_S = 10.0
+"""How long rank 0 has to tell of its last job; it takes a second."""
 
 
 class _NoModel(Exception):
