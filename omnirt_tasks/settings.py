@@ -189,6 +189,11 @@ class Settings(BaseSettings):
         return sources
 
 
+def environment_without_settings() -> dict[str, str]:
+    """This process's environment but for the project's settings: for a child that is to have its own, or none."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+
+
 def load_settings(**overrides: object) -> Settings:
     """The settings of this process; `overrides` win.
 

@@ -6,7 +6,6 @@
 Every child has a guard (see `child_process`), so nothing outlives this process, whatever ends it.
 """
 
-import os
 import sys
 import threading
 import time
@@ -20,7 +19,7 @@ from omnirt_tasks.embedded import EmbeddedBroker, free_port
 from omnirt_tasks.errors import OmnirtError, OperatorError
 from omnirt_tasks.graces import GATEWAY_GRACE_S, GATEWAY_MARGIN_S
 from omnirt_tasks.routing import plain_name
-from omnirt_tasks.settings import PREFIX
+from omnirt_tasks.settings import PREFIX, environment_without_settings
 
 READY_TIMEOUT_S = 180.0  # a first start may read gigabytes of libraries from a cold disk
 READY_POLL_S = 0.05
@@ -36,8 +35,7 @@ def worker_command(queues: Sequence[str], log_level: str) -> list[str]:
 
 def hermetic_environment(**settings: object) -> dict[str, str]:
     """This process's environment with these settings, by their names, in place of every one that it has."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
-    return inherited | {f"{PREFIX}{name.upper()}": str(value) for name, value in settings.items()}
+    return environment_without_settings() | {f"{PREFIX}{name.upper()}": str(value) for name, value in settings.items()}
 
 
 class System:

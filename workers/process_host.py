@@ -7,16 +7,15 @@ its runs are RunLost at once; a new child starts, later and louder the more star
 """
 
 import logging
-import os
 import queue
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from omnirt_tasks.contract import ErrorInfo
-from omnirt_tasks.settings import PREFIX
+from omnirt_tasks.settings import environment_without_settings
 from workers.host import (
     DeviceCapability,
     HostConfig,
@@ -242,7 +241,7 @@ class ProcessHost:
             "device",
             COMMAND,
             self._start,
-            env=environment_of_child(os.environ),
+            env=environment_without_settings(),  # what runs models needs no password and no key
             on_line=self._on_line,
             on_ready=lambda: self._ready(made.result()),
             on_state=self._note,
@@ -276,8 +275,3 @@ class ProcessHost:
                 backoff_s(failures),
                 gone.detail,
             )
-
-
-def environment_of_child(environment: Mapping[str, str]) -> dict[str, str]:
-    """This environment without the project's settings: what runs models needs no password and no key."""
-    return {name: value for name, value in environment.items() if not name.startswith(PREFIX)}

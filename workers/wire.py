@@ -9,6 +9,7 @@ its own. Files never travel: an order names folders that both halves see.
 
 import pickle
 import resource
+import select
 import socket
 import threading
 from collections import deque
@@ -35,6 +36,8 @@ OUTBOX_MESSAGES_MAX = 8_192
 BEAT_S = 1.0
 CLOSED_WITHIN_S = 5.0
 UNFIT_WITHIN_S = 5.0
+# A socket counts as writable while three quarters of its buffer, of some 200 KiB, are free.
+SENT_AT_ONCE_BYTES_MAX = 32 * 1024
 # What may be missed when the other half does not read: it is told again, or was only to be looked at.
 DROPPABLE = frozenset({EventName.PREVIEW, EventName.STAGE_PROGRESS})
 
@@ -116,28 +119,37 @@ Message = Submit | Interrupt | Close | StartFailed | Ready | Told | Ended | Stat
 
 
 class Outbox:
-    """Sends messages in order from a thread of its own, many at once, so that `put` never blocks.
+    """Sends messages in order without ever blocking on the other half. Owns the sending side of the connection.
 
-    Bounded: when the other half does not read, the oldest progress and previews go first. Owns the sending side of the
-    connection.
+    What surely fits into the socket is sent by whoever puts it: one thread more that wants the interpreter's lock for
+    every event costs a busy device two per cent of its time. The rest waits for a thread of the outbox's own. Bounded:
+    when the other half does not read, the oldest progress and previews go first.
     """
 
     def __init__(self, connection: Connection, name: str) -> None:
         self._connection = connection
-        self._changed = threading.Condition()
-        self._waiting: deque[object] = deque()
+        self._writable = select.poll()
+        self._writable.register(connection.fileno(), select.POLLOUT)
+        self._changed = threading.Condition()  # guards what follows
+        self._waiting: deque[_Packed] = deque()
+        self._sending = False  # by the thread, outside the lock
         self._closed = False
         self._thread = threading.Thread(target=self._send, name=name, daemon=True)
         self._thread.start()
 
     def put(self, message: object) -> None:
-        """Send the message soon; once the other half is gone, forget it."""
+        """Send the message, now or soon; once the other half is gone, forget it."""
+        droppable = isinstance(message, Told) and message.event.event in DROPPABLE
+        packed = _Packed(pickle.dumps((message,)), droppable)
         with self._changed:
             if self._closed:
                 return
+            if not (self._waiting or self._sending) and self._fits(packed):
+                self._write(packed)
+                return
             if len(self._waiting) >= OUTBOX_MESSAGES_MAX:
                 self._drop_one()
-            self._waiting.append(message)
+            self._waiting.append(packed)
             self._changed.notify()
 
     def close(self, timeout_s: float = CLOSED_WITHIN_S) -> None:
@@ -147,9 +159,12 @@ class Outbox:
             self._changed.notify()
         self._thread.join(timeout_s)
 
+    def _fits(self, packed: "_Packed") -> bool:
+        return len(packed.data) <= SENT_AT_ONCE_BYTES_MAX and bool(self._writable.poll(0))
+
     def _drop_one(self) -> None:
-        for place, message in enumerate(self._waiting):
-            if isinstance(message, Told) and message.event.event in DROPPABLE:
+        for place, packed in enumerate(self._waiting):
+            if packed.droppable:
                 del self._waiting[place]
                 return
         self._waiting.popleft()
@@ -157,18 +172,32 @@ class Outbox:
     def _send(self) -> None:
         while True:
             with self._changed:
+                self._sending = False
                 self._changed.wait_for(lambda: self._waiting or self._closed)
                 if not self._waiting:
                     return
-                batch = tuple(self._waiting)
-                self._waiting.clear()
-            try:
-                self._connection.send(batch)
-            except (OSError, ValueError):  # the other half is gone, which its reader learns by itself
+                packed = self._waiting.popleft()
+                self._sending = True
+            if not self._write(packed):
                 with self._changed:
                     self._closed = True
                     self._waiting.clear()
                 return
+
+    def _write(self, packed: "_Packed") -> bool:
+        try:
+            self._connection.send_bytes(packed.data)
+        except (OSError, ValueError):  # the other half is gone, which its reader learns by itself
+            return False
+        return True
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A message as it travels; `droppable` if it may be missed."""
+
+    data: bytes
+    droppable: bool
 
 
 def receive(connection: Connection) -> Sequence[Any]:

@@ -90,19 +90,16 @@ def measure(rounds: int, jobs: int, torch_threads: int) -> Iterator[int | Table]
 
 
 def _table(found: dict[str, list[float]], rounds: int, jobs: int, torch_threads: int) -> Table:
-    ratio = statistics.median(ours / its for ours, its in zip(found[PROCESS], found[THREAD], strict=True))
+    ratios = [ours / its for ours, its in zip(found[PROCESS], found[THREAD], strict=True)]
     return Table(
         title="Eight jobs at once, by where the device side lives",
         columns=("jobs/s (median)", "least", "most"),
-        rows=(
-            *(
-                Row(name, (f"{statistics.median(rates):.2f}", f"{min(rates):.2f}", f"{max(rates):.2f}"))
-                for name, rates in found.items()
-            ),
-            Row("process / thread", (f"{ratio:.3f}", "", "")),
+        rows=tuple(
+            Row(name, tuple(f"{figure:.3f}" for figure in (statistics.median(figures), min(figures), max(figures))))
+            for name, figures in {**found, "process / thread": ratios}.items()
         ),
         note=(
             f"{rounds} rounds of {jobs} jobs of shapes in turn, {STEPS} steps, previews each 5, {torch_threads} torch "
-            "thread(s). The ratio is the median over the rounds."
+            "thread(s). The ratio is that of each round."
         ),
     )

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image, ImageChops
 
 from omnirt_tasks.contract import EventName, ExecutionMode
 from omnirt_tasks.errors import ModelFailed
 from tests.support.hosts import RUN_TIMEOUT_S, Bench, Loads, Recorder, sdxl_bench
+from tests.support.media import difference
+from tests.support.outcomes import picture, succeeded
 from tests.support.tiny_models import save_tiny_sdxl
 from workers.executors.diffusers_parts import SCHEDULERS
 from workers.executors.heavy import own_vae, send_to_device
-from workers.host import RunOrder, RunOutcome, RunSucceeded
 
 # The schedulers meet NumPy's newest wish in an old way of making arrays.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -36,21 +36,6 @@ def tiny(request: pytest.FixtureRequest, weights: Path, tmp_path: Path) -> Itera
     succeeded(bench.run())
     yield bench, loads
     bench.host.close()
-
-
-def succeeded(outcome: RunOutcome) -> RunSucceeded:
-    assert isinstance(outcome, RunSucceeded), outcome
-    return outcome
-
-
-def picture(order: RunOrder, name: str = "0.png") -> Image.Image:
-    with Image.open(order.output_dir / name) as stored:
-        return stored.convert("RGB")
-
-
-def difference(one: Image.Image, other: Image.Image) -> int:
-    extrema: Any = ImageChops.difference(one, other).getextrema()
-    return max(int(high) for _, high in extrema)
 
 
 @contextmanager

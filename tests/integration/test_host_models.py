@@ -15,10 +15,11 @@ from omnirt_tasks.errors import ConfigurationError, ModelFailed
 from omnirt_tasks.registry import DiffusersModel, LoadRequest, ModelSpec, discover
 from omnirt_tasks.registry.footprint import weights_bytes
 from tests.support.hosts import RUN_TIMEOUT_S, Bench, Recorder
+from tests.support.outcomes import succeeded
 from tests.support.tiny_models import save_tiny_sdxl
 from tests.support.waiting import eventually
 from workers.backends.cpu import CpuDriver
-from workers.host import HostConfig, InterruptReason, RunFailed, RunInterrupted, RunOutcome, RunSucceeded
+from workers.host import HostConfig, InterruptReason, RunFailed, RunInterrupted, RunOutcome
 from workers.thread_host import ThreadHost
 
 # The schedulers meet NumPy's newest wish in an old way of making arrays.
@@ -94,11 +95,6 @@ def discovered_load(spec: ModelSpec, request: LoadRequest) -> DiffusersModel:
     loaded = loader(spec, request)
     assert isinstance(loaded, DiffusersModel)
     return loaded
-
-
-def succeeded(outcome: RunOutcome) -> RunSucceeded:
-    assert isinstance(outcome, RunSucceeded), outcome
-    return outcome
 
 
 def failed(outcome: RunOutcome, code: str) -> str:

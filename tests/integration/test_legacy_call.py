@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image, ImageChops
+from PIL import Image
 
 from omnirt_tasks.contract import EventName, ExecutionMode, Task
 from omnirt_tasks.registry import LoadRequest, discover
 from tests.support.hosts import RUN_TIMEOUT_S, Bench, Loads, Recorder, sdxl_bench
+from tests.support.media import difference
+from tests.support.outcomes import failed, picture, succeeded
 from tests.support.tiny_models import save_tiny_sdxl, tiny_sdxl
 from workers.backends import driver
 from workers.executors import LoadedModel, executor_for, legacy_call
 from workers.executors.diffusers_parts import SCHEDULERS, Lender
 from workers.executors.legacy_call import own_pipeline
 from workers.executors.steps import decode_small
-from workers.host import RunFailed, RunOrder, RunOutcome, RunSucceeded
 from workers.thread_host import ThreadHost
 
 # The schedulers meet NumPy's newest wish in an old way of making arrays.
@@ -62,26 +63,6 @@ def mask(tmp_path: Path) -> Path:
     picture.paste(255, (0, 0, 32, 64))
     picture.save(path)
     return path
-
-
-def succeeded(outcome: RunOutcome) -> RunSucceeded:
-    assert isinstance(outcome, RunSucceeded), outcome
-    return outcome
-
-
-def failed(outcome: RunOutcome) -> RunFailed:
-    assert isinstance(outcome, RunFailed), outcome
-    return outcome
-
-
-def picture(order: RunOrder, name: str = "0.png") -> Image.Image:
-    with Image.open(order.output_dir / name) as stored:
-        return stored.convert("RGB")
-
-
-def difference(one: Image.Image, other: Image.Image) -> int:
-    extrema: Any = ImageChops.difference(one, other).getextrema()
-    return max(int(high) for _, high in extrema)
 
 
 @pytest.mark.parametrize("scheduler", NAMES)

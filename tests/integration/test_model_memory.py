@@ -8,9 +8,9 @@ import pytest
 from omnirt_tasks.registry import discover
 from omnirt_tasks.registry.footprint import MIB, weights_bytes
 from tests.support.hosts import Bench
+from tests.support.outcomes import succeeded
 from tests.support.tiny_models import save_tiny_sdxl, tiny_sdxl
 from workers.backends import driver
-from workers.host import RunOutcome, RunSucceeded
 from workers.thread_host import ThreadHost
 
 # The schedulers meet NumPy's newest wish in an old way of making arrays.
@@ -36,11 +36,6 @@ def save_large_sdxl(folder: Path) -> Path:
 
 def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
-
-
-def succeeded(outcome: RunOutcome) -> RunSucceeded:
-    assert isinstance(outcome, RunSucceeded), outcome
-    return outcome
 
 
 def test_the_memory_of_an_evicted_model_is_the_systems_again(tmp_path: Path) -> None:

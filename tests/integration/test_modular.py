@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image, ImageChops
+from PIL import Image
 
 from omnirt_tasks.contract import EventName, ExecutionMode, Task
 from omnirt_tasks.errors import ConfigurationError
 from omnirt_tasks.registry import DiffusersModel, LoadRequest, discover
 from tests.support.hosts import RUN_TIMEOUT_S, Bench, Loads, Recorder, family_bench, sdxl_bench
+from tests.support.media import difference
+from tests.support.outcomes import failed, picture, succeeded
 from tests.support.tiny_models import save_tiny_sdxl, tiny_sdxl
 from workers.executors import modular
 from workers.executors.diffusers_parts import SCHEDULERS
 from workers.executors.modular import ModularExecutor
-from workers.host import InterruptReason, RunFailed, RunInterrupted, RunOrder, RunOutcome, RunSucceeded
+from workers.host import InterruptReason, RunInterrupted
 
 # The schedulers meet NumPy's newest wish in an old way of making arrays.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -68,26 +70,6 @@ def files(tmp_path: Path) -> Mapping[Task, Mapping[str, Path]]:
         Task.IMAGE2IMAGE: {"image": photo},
         Task.INPAINT: {"image": photo, "mask": mask},
     }
-
-
-def succeeded(outcome: RunOutcome) -> RunSucceeded:
-    assert isinstance(outcome, RunSucceeded), outcome
-    return outcome
-
-
-def failed(outcome: RunOutcome) -> RunFailed:
-    assert isinstance(outcome, RunFailed), outcome
-    return outcome
-
-
-def picture(order: RunOrder, name: str = "0.png") -> Image.Image:
-    with Image.open(order.output_dir / name) as stored:
-        return stored.convert("RGB")
-
-
-def difference(one: Image.Image, other: Image.Image) -> int:
-    extrema: Any = ImageChops.difference(one, other).getextrema()
-    return max(int(high) for _, high in extrema)
 
 
 @pytest.mark.parametrize("scheduler", NAMES)

@@ -13,10 +13,11 @@ import pytest
 
 from omnirt_tasks.contract import EventName
 from tests.support.hosts import RUN_TIMEOUT_S, Bench, Recorder
+from tests.support.outcomes import succeeded
 from tests.support.processes import PROJECT
 from tests.support.waiting import eventually
-from workers.host import HostConfig, InterruptReason, RunFailed, RunInterrupted, RunLost, RunOutcome, RunSucceeded
-from workers.process_host import BACKOFF_MAX_S, ProcessHost, Recycling, backoff_s, environment_of_child
+from workers.host import HostConfig, InterruptReason, RunFailed, RunInterrupted, RunLost
+from workers.process_host import BACKOFF_MAX_S, ProcessHost, Recycling, backoff_s
 
 START_TIMEOUT_S = 30.0
 NEVER = Recycling()
@@ -62,11 +63,6 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Kept]]:
     yield build
     for kept in made:
         kept.host.close(5.0)
-
-
-def succeeded(outcome: RunOutcome) -> RunSucceeded:
-    assert isinstance(outcome, RunSucceeded), outcome
-    return outcome
 
 
 def test_a_run_in_the_child_tells_every_event_in_order_and_leaves_its_files(make: Callable[..., Kept]) -> None:
@@ -254,9 +250,11 @@ threading.Event().wait()
     eventually(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, RUN_TIMEOUT_S)
 
 
-def test_what_runs_models_is_given_no_password() -> None:
-    given = environment_of_child({"PATH": "/bin", "OMNIRT_REDIS_URL": "redis://:secret@host", "OMNIRT_API_KEY": "k"})
-    assert given == {"PATH": "/bin"}
+def test_what_runs_models_is_given_no_password(make: Callable[..., Kept], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMNIRT_REDIS_URL", "redis://:secret@host")
+    given = psutil.Process(make().ready()).environ()
+    assert "PATH" in given
+    assert not [name for name in given if name.startswith("OMNIRT_")]
 
 
 def test_a_watcher_that_raises_loses_its_own_run_alone(make: Callable[..., Kept]) -> None:

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image, ImageChops
+from PIL import Image
 
 from omnirt_tasks.contract import EventName
 from tests.support.hosts import RUN_TIMEOUT_S, Bench, Loads, Recorder, sdxl_bench, stub_bench
+from tests.support.media import difference
+from tests.support.outcomes import failed, picture, succeeded
 from tests.support.tiny_models import save_tiny_sdxl
 from tests.support.waiting import eventually
-from workers.host import InterruptReason, RunFailed, RunInterrupted, RunOrder, RunOutcome, RunSucceeded
+from workers.host import InterruptReason, RunInterrupted
 
 # The schedulers meet NumPy's newest wish in an old way of making arrays.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -47,27 +49,6 @@ def tiny(weights: Path, tmp_path: Path) -> Iterator[tuple[Bench, Loads]]:
     bench, loads = sdxl_bench(tmp_path, weights)
     yield bench, loads
     bench.host.close()
-
-
-def picture(order: RunOrder, name: str = "0.png") -> Image.Image:
-    with Image.open(order.output_dir / name) as stored:
-        return stored.convert("RGB")
-
-
-def difference(one: Image.Image, other: Image.Image) -> int:
-    """The largest difference of a pixel, in levels of 255."""
-    extrema: Any = ImageChops.difference(one, other).getextrema()
-    return max(int(high) for _, high in extrema)
-
-
-def succeeded(outcome: RunOutcome) -> RunSucceeded:
-    assert isinstance(outcome, RunSucceeded), outcome
-    return outcome
-
-
-def failed(outcome: RunOutcome) -> RunFailed:
-    assert isinstance(outcome, RunFailed), outcome
-    return outcome
 
 
 def test_a_run_leaves_its_pictures_and_nothing_else(bench: Bench) -> None:

@@ -1,7 +1,6 @@
 """The real system as processes: workers, gateways, and any other command; whatever happens, they end."""
 
 import json
-import os
 import socket
 import sys
 import urllib.error
@@ -13,7 +12,7 @@ from pydantic import SecretStr
 
 from omnirt_tasks.child_process import ChildProcess
 from omnirt_tasks.graces import GATEWAY_GRACE_S, GATEWAY_MARGIN_S
-from omnirt_tasks.settings import PREFIX, Settings
+from omnirt_tasks.settings import PREFIX, Settings, environment_without_settings
 from tests.support.waiting import eventually
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -23,10 +22,9 @@ STOP_GRACE_S = GATEWAY_GRACE_S + GATEWAY_MARGIN_S
 
 def environment(settings: Settings, **extra: str) -> dict[str, str]:
     """The environment in which a process has these settings: ours, without its OMNIRT_ variables, plus theirs."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
     given = {PREFIX + name.upper(): _as_text(getattr(settings, name)) for name in settings.model_fields_set}
     quiet = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return inherited | quiet | given | extra
+    return environment_without_settings() | quiet | given | extra
 
 
 def free_port() -> int:

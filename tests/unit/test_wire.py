@@ -144,7 +144,9 @@ def test_an_outbox_that_nobody_reads_forgets_progress_first_and_never_an_end(mon
         outbox.put(Told(key, step))
         if key % 10 == 0:
             outbox.put(Ended(key, RunInterrupted(InterruptReason.CANCEL)))
-    told = [*receive(here), *receive(here)]
+    told: list[object] = []
+    while Told(49, step) not in told:
+        told.extend(receive(here))
     outbox.close()
     ended = [message.key for message in told if isinstance(message, Ended)]
     assert ended == [0, 10, 20, 30, 40]

@@ -7,7 +7,6 @@ The device is the job's alone meanwhile. A group that died is started again for 
 """
 
 import logging
-import os
 import queue
 import sys
 import threading
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from omnirt_tasks.contract import EventName
 from omnirt_tasks.errors import ModelFailed, WorkerLost, error_from
 from omnirt_tasks.registry import LoadRequest, ModelSpec, RankGroup
-from omnirt_tasks.settings import PREFIX
+from omnirt_tasks.settings import environment_without_settings
 from workers.context import Interrupted, JobContext, current_job
 from workers.executors import LoadedModel
 from workers.host import (
@@ -218,7 +217,6 @@ def _pass_on(event: HostEvent, job: JobContext) -> None:
 
 def _environment() -> dict[str, str]:
     """This process's own, without the project's settings, which may hold secrets and are none of a rank's."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
     own = {
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
@@ -226,4 +224,4 @@ def _environment() -> dict[str, str]:
         # The ranks are of one host; what they say to each other is nobody else's to hear.
         "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
     }
-    return inherited | own
+    return environment_without_settings() | own
