@@ -171,7 +171,7 @@ def judge(request: ResolvedRequest, spec: ModelSpec, fleet: Iterable[WorkerCapab
     device = _wished_device(request)
     if wrong := tuple(_check_device(device, request, spec)):
         return Outlook((), wrong)
-    workers = tuple(worker for worker in fleet if spec.id in worker.models)
+    workers = tuple(fleet)
     prospects = tuple(_prospect(backend, request, spec, workers) for backend in _candidates(request, spec))
     for fit in (_all_can, _some_can):
         if fitting := tuple(filter(fit, prospects)):
@@ -251,6 +251,11 @@ def _some_can(prospect: Prospect) -> bool:
 
 
 def _judged(worker: WorkerCapability, request: ResolvedRequest, spec: ModelSpec) -> Judgement:
+    if spec.id not in worker.models:
+        told = (
+            f"A live worker of its queue, on {worker.device}, has not {spec.id}: its weights or packages are missing."
+        )
+        return Judgement(worker.device, (Finding(Problem(loc="model", rule="served", message=told)),))
     ability = worker.abilities.get(spec.id)
     if ability is None:
         return Judgement(worker.device)
@@ -355,7 +360,7 @@ def _devices_beside(request: ResolvedRequest, spec: ModelSpec, workers: Iterable
     there = set()
     for worker in workers:
         name = queue_name(_backend_of(worker.device), spec.queue, (*request.tags, device_tag(worker.device)))
-        if name in worker.queues and request.backend in {AUTO, worker.backend}:
+        if spec.id in worker.models and name in worker.queues and request.backend in {AUTO, worker.backend}:
             there.add(worker.device)
     return tuple(sorted(there))
 

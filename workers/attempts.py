@@ -282,9 +282,10 @@ class AttemptRunner:
     def _abandon(self, run: Run) -> RunOutcome:
         reason = run.interrupted_by() or InterruptReason.TIMEOUT
         stuck_for_s = self._host.health().stuck_for_s or 0.0
-        if reason is InterruptReason.GIVE_BACK and stuck_for_s < self._abandon_after_s / 2:
+        wanted_no_more = reason in {InterruptReason.GIVE_BACK, InterruptReason.CANCEL}
+        if wanted_no_more and stuck_for_s < self._abandon_after_s / 2:
             # Its thread is busy outside the device, most likely with the loading of a model.
-            logger.warning("Job %s is given back while its run goes on; the device is free.", run.lease.job_id)
+            logger.warning("Job %s is left (%s) while its run goes on; the device is free.", run.lease.job_id, reason)
         else:
             told = f"Job {run.lease.job_id} did not stop ({reason})."
             if not self._host.end_by_force(told):

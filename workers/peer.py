@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 GRACE_S = 2.0
 ACCEPT_POLL_S = 0.05
+SILENT_AFTER_S = 5.0  # it tells how it stands each second
 GONE_WITHIN_S = 1.0  # between the end of the socket and the end of the process
 LINES_TOLD = 8
 
@@ -94,6 +95,7 @@ class PeerHost:
         self._pid: int | None = None
         self._capability: DeviceCapability | None = None
         self._health = HostHealth(ok=False, detail="starting")
+        self._heard_s = time.monotonic()
         self._failure: StartFailed | None = None
         self._why: str | None = None
         self._gone = threading.Event()
@@ -156,7 +158,12 @@ class PeerHost:
         return capability
 
     def health(self) -> HostHealth:
-        return self._health
+        """As it was told last; a process that tells nothing hangs, as far as anybody can see from here."""
+        silent_for_s = time.monotonic() - self._heard_s
+        if self._outbox is None or silent_for_s < SILENT_AFTER_S:
+            return self._health
+        detail = f"the process {self._name} has told nothing for {silent_for_s:.0f} s"
+        return HostHealth(ok=False, detail=detail, stuck_for_s=silent_for_s)
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Have it give back what runs, and end; past `timeout_s` it is ended by force. Idempotent."""
@@ -206,7 +213,9 @@ class PeerHost:
         outbox.put(start)
         try:
             while True:
-                for message in receive(connection):
+                batch = receive(connection)
+                self._heard_s = time.monotonic()
+                for message in batch:
                     self._take(message, outbox)
         finally:
             outbox.close(0.0)

@@ -26,12 +26,13 @@ from omnirt_tasks.observability.metrics import DeviceMetrics, MetricsServer
 from omnirt_tasks.settings import Placement, Settings
 from omnirt_tasks.stores import open_stores
 from workers.attempts import AttemptRunner
-from workers.devices import DeviceLock
+from workers.backends.cpu import host_memory_bytes
+from workers.devices import SHARED_BACKENDS, DeviceLock
 from workers.heartbeat import Heartbeat
 from workers.host import DeviceHost, HostConfig
 from workers.plan import Plan
 from workers.process_host import ProcessHost, Recycling
-from workers.thread_host import ThreadHost
+from workers.thread_host import BUDGET_SHARE, ThreadHost
 
 logger = logging.getLogger(__name__)
 
@@ -233,6 +234,10 @@ def host_config(settings: Settings, plan: Plan, device: str, concurrency: int) -
             f"OMNIRT_WARM_UP names {', '.join(strange)}; this worker serves {', '.join(served)}.",
             "Name some of these, or serve their queues too.",
         )
+    budget_bytes = settings.memory_budget_bytes
+    if budget_bytes is None and plan.backend in SHARED_BACKENDS and settings.cpu_devices > 1:
+        host_bytes = host_memory_bytes()  # the workers of this host share it
+        budget_bytes = None if host_bytes is None else int(BUDGET_SHARE * host_bytes / settings.cpu_devices)
     return HostConfig(
         backend=plan.backend,
         device=device,
@@ -241,7 +246,7 @@ def host_config(settings: Settings, plan: Plan, device: str, concurrency: int) -
         cache_size=settings.pipeline_cache_size,
         concurrency=concurrency,
         torch_threads=settings.torch_threads,
-        memory_budget_bytes=settings.memory_budget_bytes,
+        memory_budget_bytes=budget_bytes,
         warm_up=settings.warm_up,
     )
 

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from omnirt_tasks.contract import Task
 from omnirt_tasks.errors import ConfigurationError, ModelFailed
 from omnirt_tasks.registry.runnable import DiffusersModel
 from omnirt_tasks.registry.spec import LoadRequest
+from omnirt_tasks.registry.weight_files import lone_variant
 
 INDEX = "model_index.json"
 DOWNLOAD_AGAIN = "Fetch the model's folder again, with its safetensors files."
@@ -26,6 +27,7 @@ def load_diffusers(
     transformers'; ModelFailed, naming the component, when the folder is not whole; what `loaded_part` raises.
     """
     index = _index(request.folder)
+    _require_class(index, class_names.values())
     import diffusers
     import torch
 
@@ -105,6 +107,15 @@ def _class(component: str, library: str, class_name: str) -> type:
     return found
 
 
+def _require_class(index: Mapping[str, Any], known: Collection[str]) -> None:
+    """Refuse a folder of another pipeline: what it lacks would be None until a job calls it."""
+    if (held := index["_class_name"]) not in known:
+        raise ConfigurationError(
+            f"The model's folder holds a {held}; this model is a {' or '.join(known)}.",
+            "Point OMNIRT_MODEL_FOLDERS at a folder of this model.",
+        )
+
+
 def _require_files(folder: Path, found: Any) -> None:
     """Look for what the libraries do without: where a vocabulary is missing, they make a tokenizer of two tokens."""
     vocabularies = getattr(found, "vocab_files_names", {}).values()
@@ -124,6 +135,7 @@ def _load(found: Any, request: LoadRequest, name: str, dtype: Any) -> Any:
         str(request.folder),
         subfolder=name,
         dtype=dtype,
+        variant=lone_variant(request.folder / name),
         local_files_only=True,
         use_safetensors=True,
         output_loading_info=True,

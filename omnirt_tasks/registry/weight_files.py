@@ -23,7 +23,7 @@ HEADER_BYTES_MAX = 100_000_000
 
 _LENGTH = struct.Struct("<Q")
 # model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, model-00001-of-00002.fp16.safetensors
-_VARIANT = re.compile(r"\.[A-Za-z]\w*(-\d+-of-\d+)?\.safetensors$")
+_VARIANT = re.compile(r"\.([A-Za-z]\w*)(?:-\d+-of-\d+)?\.safetensors$")
 _TENSOR_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
@@ -62,6 +62,13 @@ def count_tensors(folder: Path) -> TensorCount:
     if not found:
         raise UnsoundWeights(f"The model's folder holds no file *{SUFFIX}.")
     return total
+
+
+def lone_variant(component: Path) -> str | None:
+    """The variant ("fp16") whose files alone hold the component's weights; None where plain ones lie there too."""
+    found = [_VARIANT.search(file.name) for file in component.glob(f"*{SUFFIX}")]
+    variants = {match[1] for match in found if match}
+    return variants.pop() if len(variants) == 1 and all(found) else None
 
 
 def _component_folders(folder: Path) -> Sequence[Path]:

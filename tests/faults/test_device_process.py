@@ -14,8 +14,10 @@ from omnirt_tasks.validation import parse_request
 from tests.support.job_system import STUB_QUEUE, JobSystem
 from tests.support.processes import Processes
 from tests.support.waiting import eventually
+from workers.peer import SILENT_AFTER_S
 
 READY_S = 40.0
+SILENCE_S = SILENT_AFTER_S + 1.0  # after this a device process that says nothing is known to hang
 CRASHES = ("kill", "segv", "exit", "abort", "memory")
 
 
@@ -125,7 +127,7 @@ def test_a_hang_that_holds_the_interpreter_is_found_by_the_jobs_deadline_and_end
 def test_a_cancelled_job_that_does_not_listen_is_ended_by_force_after_the_patience(
     open_system: Callable[..., JobSystem], processes: Processes
 ) -> None:
-    system = open_system(stop_patience_s=0.5)
+    system = open_system(stop_patience_s=SILENCE_S)
     processes.worker(system.settings, STUB_QUEUE)
     device_child(system)
     deaf = system.submit(steps=6, step_ms=20, crash_at_step=5, crash="hold-gil")

@@ -34,6 +34,7 @@ from workers.host import (
     RunFacts,
     RunFailed,
     RunInterrupted,
+    RunLost,
     RunOrder,
     RunOutcome,
     RunSucceeded,
@@ -50,6 +51,8 @@ class ScriptedHost:
         self.interrupts: list[tuple[str, InterruptReason]] = []
         self.tell: dict[str, OnEvent] = {}
         self.deaf = False
+        self.can_be_forced = False
+        self.forced: list[str] = []
         self.stuck_for_s: float | None = None
         self._futures: dict[str, Future[RunOutcome]] = {}
 
@@ -79,7 +82,13 @@ class ScriptedHost:
         self._futures[job_id].set_result(outcome)
 
     def end_by_force(self, why: str) -> bool:
-        return False
+        """Lose every run, as the death of a device's process does."""
+        if self.can_be_forced:
+            self.forced.append(why)
+            for future in self._futures.values():
+                if not future.done():
+                    future.set_result(RunLost(why))
+        return self.can_be_forced
 
     def capability(self) -> DeviceCapability:
         return DeviceCapability("cpu-stub", "cpu-stub:0", "scripted", None, (), ("stub",), (), 8)
@@ -121,7 +130,14 @@ class FlakyStore(MemoryJobStore):
 class Bench:
     """A runner with its store, host and files; `begin` runs a job in a thread of its own."""
 
-    def __init__(self, folder: Path, *, job_timeout_s: float = 30.0, lease_ttl_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        job_timeout_s: float = 30.0,
+        lease_ttl_s: float = 30.0,
+        stop_patience_s: float | None = None,
+    ) -> None:
         self.store = FlakyStore()
         self.host = ScriptedHost()
         self.folder = folder
@@ -141,6 +157,7 @@ class Bench:
             preview_every_steps=0,
             on_stuck=self.stuck.append,
             abandon_after_s=0.2,
+            stop_patience_s=stop_patience_s,
         )
         self._threads: list[threading.Thread] = []
 
@@ -470,3 +487,47 @@ def test_a_model_that_still_loads_when_the_worker_leaves_is_given_back_and_no_fa
     assert ended is not None
     assert ended.record.state is JobState.QUEUED
     assert not bench.stuck
+
+
+def test_a_host_that_can_be_forced_is_and_the_worker_goes_on(make_bench: Callable[..., Bench]) -> None:
+    bench = make_bench(job_timeout_s=0.1)
+    bench.host.deaf = bench.host.can_be_forced = True
+    job_id = bench.begun()
+
+    ended = bench.end()
+
+    assert ended is not None
+    assert ended.record.error is not None
+    assert ended.record.error.code == "timeout", "its own time was over"
+    assert [job_id in why for why in bench.host.forced] == [True]
+    assert not bench.stuck
+
+
+def test_a_run_that_is_lost_goes_back_to_its_queue_at_once(bench: Bench) -> None:
+    job_id = bench.begun()
+
+    bench.host.end(job_id, RunLost("its process was killed"))
+
+    ended = bench.end()
+    assert ended is not None
+    assert ended.record.state is JobState.QUEUED
+    (told,) = [event for event in bench.store.events(job_id) if event.event is EventName.JOB_REQUEUED]
+    assert told.data == {"attempt": 1, "reason": "device_lost"}
+
+
+@pytest.mark.parametrize(("stuck_for_s", "forced"), [(60.0, 1), (None, 0)])
+def test_a_cancelled_run_ends_by_force_only_where_it_holds_the_device(
+    make_bench: Callable[..., Bench], stuck_for_s: float | None, forced: int
+) -> None:
+    bench = make_bench(stop_patience_s=0.1)
+    bench.host.deaf = bench.host.can_be_forced = True
+    bench.host.stuck_for_s = stuck_for_s
+    job_id = bench.begun()
+    bench.store.cancel(job_id)
+
+    bench.runner.cancel(job_id)
+
+    ended = bench.end()
+    assert ended is not None
+    assert ended.record.state is JobState.CANCELLED
+    assert len(bench.host.forced) == forced, "a model that loads harms nobody"

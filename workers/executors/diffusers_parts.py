@@ -20,7 +20,7 @@ from omnirt_tasks.contract import Task
 from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.errors import ModelFailed
 from omnirt_tasks.registry import DiffusersModel, LoadRequest, ModelSpec
-from workers.context import JobContext
+from workers.context import JobContext, current_job
 from workers.executors import LoadedModel
 from workers.executors.pictures import picture_seed, save_pictures
 from workers.executors.videos import save_video
@@ -44,6 +44,10 @@ LENT_COMPONENTS = ("tokenizer", "feature_extractor", "processor")
 NO_NEGATIVE_PROMPT = " "
 # Tasks whose input pictures are one for each picture that is made.
 CHANGES_PICTURES = frozenset({Task.IMAGE2IMAGE, Task.INPAINT})
+
+
+# How soon a job that waits for another model's load hears that it is to stop.
+LISTEN_EVERY_S = 0.1
 
 
 class Lender:
@@ -82,11 +86,13 @@ class DiffusersExecutor(ABC, Generic[S]):
     def load(self, spec: ModelSpec, request: LoadRequest) -> LoadedModel:
         """Raises ModelFailed or ConfigurationError when the folder is not whole, or what the libraries raise."""
         assert spec.loader is not None, "a model without a loader is not runnable"
-        with self._loading:
+        with self._turn_to_load():
             _set_up_libraries()
             from workers.executors.heavy import keep_in_fp32_what_overflows, placement, send_to_device, size_bytes
+            from workers.executors.loading_dtype import own_default_dtype
 
-            loaded = spec.loader(spec, request)
+            with own_default_dtype():
+                loaded = spec.loader(spec, request)
             assert isinstance(loaded, DiffusersModel), "what a family of this mode loads"
             components = loaded.components
             keep_in_fp32_what_overflows(loaded.by_task.values())
@@ -103,6 +109,18 @@ class DiffusersExecutor(ABC, Generic[S]):
         job.check()
         job.stage("export")
         return _save(numbers, order, job)
+
+    @contextmanager
+    def _turn_to_load(self) -> Iterator[None]:
+        """Wait for other loads to end, hearing a job that is to stop meanwhile. Raises Interrupted."""
+        job = current_job()
+        while not self._loading.acquire(timeout=LISTEN_EVERY_S):
+            if job is not None:
+                job.check()
+        try:
+            yield
+        finally:
+            self._loading.release()
 
     @abstractmethod
     def _shared(self, loaded: DiffusersModel, tokenizers: Lender) -> S:
@@ -194,11 +212,18 @@ def _pictures_given(order: RunOrder, *, resize: bool) -> dict[str, Image.Image]:
         if (path := order.files.get(input_name)) is None:
             continue
         with Image.open(path) as stored:
-            picture = ImageOps.exif_transpose(stored).convert(mode)
+            picture = _in_bytes(ImageOps.exif_transpose(stored)).convert(mode)
         if size is not None and picture.size != size:
             picture = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
         given[argument] = picture
     return given
+
+
+def _in_bytes(picture: Image.Image) -> Image.Image:
+    """A grey picture of 16 bits in eight: Pillow's own conversion cuts off what is above 255, and all is white."""
+    if not picture.mode.startswith("I"):
+        return picture
+    return picture.convert("I").point(lambda value: value * (1 / 256)).convert("L")
 
 
 def _require_a_step(config: Mapping[str, Any]) -> None:
