@@ -1,8 +1,9 @@
-"""Sound files as plain samples, by the ffmpeg that imageio-ffmpeg brings; for models that listen."""
+"""Sound files as plain samples, by ffmpeg; for models that listen."""
 
 import subprocess
 from pathlib import Path
 
+from omnirt_tasks import ffmpeg
 from omnirt_tasks.errors import ModelFailed, TooLarge, UnsupportedMediaType
 
 SAMPLE_BYTES = 2
@@ -15,13 +16,11 @@ def decode_mono(file: Path, *, rate_hz: int, max_s: float, timeout_s: float = DE
     """The sound as signed 16-bit little-endian samples of one channel.
 
     Raises UnsupportedMediaType for what is no sound, TooLarge for more than `max_s` seconds of it, ModelFailed when
-    decoding takes longer than `timeout_s`.
+    decoding takes longer than `timeout_s`, ConfigurationError when there is no ffmpeg.
     """
-    from imageio_ffmpeg import get_ffmpeg_exe
-
     limit_bytes = int(max_s * rate_hz) * SAMPLE_BYTES
     command = [
-        *(get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-loglevel", "fatal", "-threads", "1"),
+        *(ffmpeg.executable(), "-nostdin", "-hide_banner", "-loglevel", "fatal", "-threads", "1"),
         *("-protocol_whitelist", "pipe", "-format_whitelist", FORMATS, "-i", "pipe:0"),
         *("-map", "0:a:0", "-t", f"{max_s + 1:g}", "-ac", "1", "-ar", str(rate_hz), "-f", "s16le", "pipe:1"),
     ]
@@ -32,7 +31,7 @@ def decode_mono(file: Path, *, rate_hz: int, max_s: float, timeout_s: float = DE
                 stdin=source,  # so that no path is on its command line, and it may open nothing by name
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env={},
+                env={},  # none of the worker's secrets
                 timeout=timeout_s,
                 check=False,
             )

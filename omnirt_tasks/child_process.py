@@ -84,6 +84,8 @@ class ChildProcess:
 
     def kill(self) -> None:
         """Kill the whole process group now."""
+        if self._ended.is_set():
+            return  # the number of the group may be another's by now
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 

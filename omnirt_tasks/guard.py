@@ -19,6 +19,7 @@ NOT_FOUND = 127
 
 def main(grace_s: float, command: list[str]) -> int:
     """The command's exit status (128 + n for signal n); it gets `grace_s` between SIGTERM and SIGKILL."""
+    parent = os.getppid()
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
     signal.set_wakeup_fd(wake_write)
@@ -51,6 +52,8 @@ def main(grace_s: float, command: list[str]) -> int:
             deadline = time.monotonic() + grace_s
         elif deadline is not None and time.monotonic() >= deadline:
             os.killpg(0, signal.SIGKILL)
+    if os.getppid() != parent:  # who would clear the group is gone
+        os.killpg(0, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
 

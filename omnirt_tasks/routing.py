@@ -20,10 +20,8 @@ from omnirt_tasks.registry.options import ANY_DEVICE
 from omnirt_tasks.registry.spec import ModelSpec
 from omnirt_tasks.validation.findings import Finding, listed
 
-FULL_PRECISION = "fp32"
-
 # What a backend computes in while no worker says it: half precision on a CPU is emulated, slowly.
-_DTYPE_INSTEAD: Mapping[tuple[str, str], str] = {(Backend.CPU, "fp16"): FULL_PRECISION}
+_DTYPE_INSTEAD: Mapping[tuple[str, str], str] = {(Backend.CPU, "fp16"): footprint.FALLBACK_DTYPE}
 # Options that, when true, need a feature of the same name on the device.
 _FEATURE_OPTIONS = ("compile",)
 _DEVICE = re.compile(rf"({'|'.join(Backend)}):(0|[1-9][0-9]{{0,2}})")
@@ -46,12 +44,13 @@ class QueueAddress:
 class Judgement:
     """What a worker's record says of a request: `findings` are why it cannot run it, none where it can.
 
-    `seconds_per_unit` is how long the worker takes for a unit of the model's work, None where it has not told;
-    `lacking_bytes` how much more memory it would need.
+    `serves` is false for one that has not the model. `seconds_per_unit` is how long it takes for a unit of the model's
+    work, None where it has not told; `lacking_bytes` how much more memory it would need.
     """
 
     device: str
     findings: tuple[Finding, ...] = ()
+    serves: bool = True
     seconds_per_unit: float | None = None
     lacking_bytes: int = 0
 
@@ -165,6 +164,9 @@ def judge(request: ResolvedRequest, spec: ModelSpec, fleet: Iterable[WorkerCapab
     queue without live workers comes after both: a job waits there until one comes, and of several such the first is
     taken. Where workers live, but none of them can, the findings are those of the one that comes nearest.
 
+    A worker of the queue that has not the model itself takes the model's jobs too, and fails them: it is one that
+    cannot, and the farthest.
+
     A named backend, or the backend of a named device, is the only one. "auto" is never cpu-stub where the model has
     another. A record that tells nothing of the model's abilities is not held against its worker.
     """
@@ -178,7 +180,7 @@ def judge(request: ResolvedRequest, spec: ModelSpec, fleet: Iterable[WorkerCapab
             return Outlook(fitting)
     judged = [worker for prospect in prospects for worker in prospect.workers]
     if judged:
-        return Outlook((), min(judged, key=lambda worker: (len(worker.findings), worker.lacking_bytes)).findings)
+        return Outlook((), min(judged, key=_distance).findings)
     if device is not None and (elsewhere := _devices_beside(request, spec, workers)):
         return Outlook((), (_no_such_device(device, elsewhere),))
     return Outlook(prospects[:1])
@@ -212,9 +214,7 @@ def settle(request: ResolvedRequest, chosen: Route) -> ResolvedRequest:
 def _dtype_for(wished: str, backend: str, dtypes: tuple[str, ...]) -> str:
     if not dtypes:
         return _DTYPE_INSTEAD.get((backend, wished), wished)
-    if wished in dtypes:
-        return wished
-    return FULL_PRECISION if FULL_PRECISION in dtypes else dtypes[0]
+    return footprint.nearest_dtype(wished, dtypes)
 
 
 # Queues
@@ -233,7 +233,7 @@ def _prospect(backend: str, request: ResolvedRequest, spec: ModelSpec, workers: 
     tags = request.tags if device is None else (*request.tags, device_tag(device))
     name = queue_name(backend, spec.queue, tags)
     serving = [worker for worker in workers if name in worker.queues]
-    said = [worker.dtypes for worker in serving if worker.dtypes]
+    said = [worker.dtypes for worker in serving if worker.dtypes and spec.id in worker.models]
     shared = tuple(dtype for dtype in said[0] if all(dtype in dtypes for dtypes in said)) if said else ()
     settled = settle(request, Route(backend, name, len(serving), shared))  # any of them may take it: in what all can
     return Prospect(backend, name, tuple(_judged(worker, settled, spec) for worker in serving), shared)
@@ -250,25 +250,37 @@ def _some_can(prospect: Prospect) -> bool:
 # Workers
 
 
+def _distance(worker: Judgement) -> tuple[bool, int, int]:
+    """How far the worker is from being able to run the request."""
+    return not worker.serves, len(worker.findings), worker.lacking_bytes
+
+
 def _judged(worker: WorkerCapability, request: ResolvedRequest, spec: ModelSpec) -> Judgement:
     if spec.id not in worker.models:
         told = (
-            f"A live worker of its queue, on {worker.device}, has not {spec.id}: its weights or packages are missing."
+            f"No live worker has {spec.id}: the weights or packages that it needs are missing on {worker.device}. "
+            "Choose another model, or ask the operator to put them there."
         )
-        return Judgement(worker.device, (Finding(Problem(loc="model", rule="served", message=told)),))
+        return Judgement(worker.device, (Finding(Problem(loc="model", rule="served", message=told)),), serves=False)
     ability = worker.abilities.get(spec.id)
     if ability is None:
         return Judgement(worker.device)
     findings = [
         *_check_task(worker, ability, request),
+        *_check_options(worker, ability, request, spec),
         *_check_limits(worker, ability, request),
         *_check_features(worker, request),
     ]
     lack = _lack_of_memory(worker, ability, request, spec)
     if lack is None:
-        return Judgement(worker.device, tuple(findings), ability.seconds_per_unit)
+        return Judgement(worker.device, tuple(findings), seconds_per_unit=ability.seconds_per_unit)
     lacking_bytes, finding = lack
-    return Judgement(worker.device, (*findings, finding), ability.seconds_per_unit, lacking_bytes)
+    return Judgement(
+        worker.device,
+        (*findings, finding),
+        seconds_per_unit=ability.seconds_per_unit,
+        lacking_bytes=lacking_bytes,
+    )
 
 
 def _check_task(worker: WorkerCapability, ability: ModelAbility, request: ResolvedRequest) -> Iterable[Finding]:
@@ -276,6 +288,19 @@ def _check_task(worker: WorkerCapability, ability: ModelAbility, request: Resolv
         able = f"{worker.device} does {listed(ability.tasks)}"
         told = f"No live worker does {request.task} with {request.model}; {able}."
         yield Finding(Problem(loc="task", rule="supported", message=told))
+
+
+def _check_options(
+    worker: WorkerCapability, ability: ModelAbility, request: ResolvedRequest, spec: ModelSpec
+) -> Iterable[Finding]:
+    """What the worker's own version of the model does not know, and would pass over, or refuse once it has the job."""
+    if not ability.options:
+        return
+    options = spec.tasks[request.task].options
+    for name, value in request.config.items():
+        if name not in ability.options and not (name in options and value == options[name].default):
+            told = f"No live worker takes {name}: {worker.device} does not know it. Leave it out."
+            yield Finding(Problem(loc=f"config.{name}", rule="supported", message=told))
 
 
 def _check_limits(worker: WorkerCapability, ability: ModelAbility, request: ResolvedRequest) -> Iterable[Finding]:
@@ -306,20 +331,15 @@ def _lack_of_memory(
     worker: WorkerCapability, ability: ModelAbility, request: ResolvedRequest, spec: ModelSpec
 ) -> tuple[int, Finding] | None:
     """How many bytes more the run needs than the worker may give it, and the words for it."""
-    dtype = str(request.config.get("dtype", FULL_PRECISION))
+    dtype = str(request.config.get("dtype", footprint.FALLBACK_DTYPE))
     weights_bytes = ability.weights_bytes.get(dtype)
     if weights_bytes is None or worker.memory_budget_bytes is None:
         return None
-    working_bytes = footprint.working_bytes(
-        ability.working_bytes_per_pixel,
-        request.config,
-        request.inputs.num_frames,
-        footprint.default_dtype(spec.tasks[request.task]),
-    )
+    working_bytes = footprint.run_working_bytes(ability, spec.tasks[request.task], request)
     needed_bytes = footprint.needed_bytes(weights_bytes, working_bytes)
     if needed_bytes <= worker.memory_budget_bytes:
         return None
-    told = footprint.insufficient_memory(weights_bytes, working_bytes, worker.memory_budget_bytes)
+    told = footprint.insufficient_memory(weights_bytes, working_bytes, worker.memory_budget_bytes, request)
     error = InsufficientMemory(f"The device {worker.device} is too small in {dtype}. {told.message}", told.hint)
     lacking_bytes = needed_bytes - worker.memory_budget_bytes
     return lacking_bytes, Finding(Problem(loc="config", rule="memory", message=str(error)), error)

@@ -13,6 +13,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
@@ -87,9 +88,9 @@ class AttemptRunner:
     device call does not come back within `abandon_after_s` of an interrupt that ends its attempt (`stop_patience_s` of
     a cancel; None: not before its time is over) is settled without it, and the host is ended by force: the other runs
     are lost to it and run again. Where that cannot be done `on_stuck` is told, once for each: from then on the device
-    cannot be trusted. A run that is given back while
-    its model loads, with the device free, is settled without it too, and no reason to trust the device less. `address`
-    tells where an output will be found, `execution_mode` how every model of the host is run, where that is known.
+    cannot be trusted. A run that is cancelled or given back while its model loads, with the device free, is settled
+    without it too, and no reason to trust the device less. `address` tells where an output will be found,
+    `execution_mode` how every model of the host is run, where that is known.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class AttemptRunner:
         self._runs: dict[str, Run] = {}
         self._changed = threading.Condition()
         self._leaving = threading.Event()
+        self._left: list[threading.Timer] = []  # one for each run that was left, until it ends or its time is over
         self._keeper = LeaseKeeper(store, lease_ttl_s=lease_ttl_s, stop_run=self._stop)
         self._flusher = EventFlusher(store, on_lost=self._lose)
         scratch_dir.mkdir(parents=True, exist_ok=True)
@@ -191,6 +193,8 @@ class AttemptRunner:
         """Give back what runs, wait for it, and stop the threads. Idempotent."""
         self.give_back_all()
         self.wait_idle(self._abandon_after_s + LEAVING_PATIENCE_S)
+        for last in self._left:
+            last.cancel()
         self._keeper.close()
         self._flusher.close()
 
@@ -244,7 +248,7 @@ class AttemptRunner:
             if run.overdue:
                 self._stop(run, InterruptReason.TIMEOUT)
             if run.abandoned:
-                return self._abandon(run)
+                return self._abandon(run, future)
             run.wait()
         return future.result()
 
@@ -279,19 +283,29 @@ class AttemptRunner:
             raise ArtifactNotFound(f"The job of the artifact {name!r} is gone.") from None
         self._artifacts.fetch(job_id, source.record.attempt, name, target)
 
-    def _abandon(self, run: Run) -> RunOutcome:
+    def _abandon(self, run: Run, future: "Future[RunOutcome]") -> RunOutcome:
         reason = run.interrupted_by() or InterruptReason.TIMEOUT
         stuck_for_s = self._host.health().stuck_for_s or 0.0
+        told = f"Job {run.lease.job_id} did not stop ({reason})."
         wanted_no_more = reason in {InterruptReason.GIVE_BACK, InterruptReason.CANCEL}
         if wanted_no_more and stuck_for_s < self._abandon_after_s / 2:
             # Its thread is busy outside the device, most likely with the loading of a model.
             logger.warning("Job %s is left (%s) while its run goes on; the device is free.", run.lease.job_id, reason)
-        else:
-            told = f"Job {run.lease.job_id} did not stop ({reason})."
-            if not self._host.end_by_force(told):
-                self._on_stuck(f"{told} The device call in hand has lasted {stuck_for_s:.0f} s.")
+            if reason is InterruptReason.CANCEL:
+                self._end_in_time(run, future, told)
+        elif not self._host.end_by_force(told):
+            self._on_stuck(f"{told} The device call in hand has lasted {stuck_for_s:.0f} s.")
         # A cancelled run that never came back has in truth outlived its limit, but its caller gets what he asked for.
         return RunInterrupted(reason)
+
+    def _end_in_time(self, run: Run, future: "Future[RunOutcome]", told: str) -> None:
+        """A run that is left keeps its thread and its model: not for longer than any run may."""
+        last = threading.Timer(run.left_s, lambda: future.done() or self._host.end_by_force(told))
+        last.name, last.daemon = f"left-{run.lease.job_id[:8]}", True
+        last.start()
+        with self._changed:
+            self._left = [timer for timer in self._left if timer.is_alive()] + [last]
+        future.add_done_callback(lambda _: last.cancel())
 
     # How it ends
 

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from omnirt_tasks.contract import ResolvedRequest
 from workers.memory import MemoryBudget
 
 log = logging.getLogger(__name__)
@@ -66,8 +67,11 @@ class _Entry(Generic[V]):
 
 @dataclass(eq=False)
 class _Waiter:
-    """A place in the line; `overtaken` counts the later comers that were admitted."""
+    """A place in the line, and what is waited for; `overtaken` counts the later comers that were admitted."""
 
+    estimate_bytes: int
+    working_bytes: int
+    request: ResolvedRequest | None
     overtaken: int = 0
 
 
@@ -108,6 +112,7 @@ class ModelCache(Generic[K, V]):
         *,
         estimate_bytes: int = 0,
         working_bytes: int = 0,
+        request: ResolvedRequest | None = None,
         check: Callable[[], object] = lambda: None,
         woken_by: Wakeable = _never_woken,
     ) -> Iterator[tuple[V, bool]]:
@@ -115,14 +120,14 @@ class ModelCache(Generic[K, V]):
 
         `estimate_bytes` are set aside for a load, until the model tells its size. A wait ends when `check` raises,
         which is asked whenever what `woken_by` was given is called.
-        Raises InsufficientMemory at once for what could never fit, or what `load` raises, to everyone who waited for
-        it; a failed load leaves nothing.
+        Raises InsufficientMemory at once for what could never fit, with the remedy for `request`; or what `load`
+        raises, to everyone who waited for it: a failed load leaves nothing.
         """
         with woken_by(self._wake):
-            entry, hit = self._admitted(key, estimate_bytes, working_bytes, check)
+            entry, hit = self._admitted(key, _Waiter(estimate_bytes, working_bytes, request), check)
         try:
             self._loaded(key, entry, load, check, woken_by)
-            self._budget.require(entry.size_bytes, working_bytes)  # it may be larger than was estimated
+            self._budget.require(entry.size_bytes, working_bytes, request)  # it may be larger than was estimated
             yield _model(entry), hit
         finally:
             self._let_go(key, entry, working_bytes)
@@ -140,37 +145,34 @@ class ModelCache(Generic[K, V]):
 
     # In the line
 
-    def _admitted(
-        self, key: K, estimate_bytes: int, working_bytes: int, check: Callable[[], object]
-    ) -> tuple[_Entry[V], bool]:
+    def _admitted(self, key: K, waiter: _Waiter, check: Callable[[], object]) -> tuple[_Entry[V], bool]:
         """Wait for room, and take it."""
-        waiter = _Waiter()
         with self._changed:
             self._line.append(waiter)
         try:
             while True:
                 with self._changed:
-                    while (evicted := self._make_room(waiter, key, estimate_bytes, working_bytes)) is None:
+                    while (evicted := self._make_room(key, waiter)) is None:
                         check()
                         self._changed.wait()
                     if not evicted:
-                        return self._take(waiter, key, estimate_bytes, working_bytes)
+                        return self._take(key, waiter)
                 self._drop(evicted)
         finally:
             with self._changed:
                 self._line.remove(waiter)
                 self._changed.notify_all()
 
-    def _make_room(self, waiter: _Waiter, key: K, estimate_bytes: int, working_bytes: int) -> list[_Entry[V]] | None:
+    def _make_room(self, key: K, waiter: _Waiter) -> list[_Entry[V]] | None:
         """The models taken out to make room: none where there is room. None when there is only waiting."""
         entry = self._entries.get(key)
-        model_bytes = self._model_bytes(key, estimate_bytes)
-        self._budget.require(model_bytes, working_bytes)
+        model_bytes = self._model_bytes(key, waiter.estimate_bytes)
+        self._budget.require(model_bytes, waiter.working_bytes, waiter.request)
         if any(earlier.overtaken >= OVERTAKES_MAX for earlier in self._before(waiter)):
             return None
         more = 0 if entry is not None else 1
         lacking_places = len(self._entries) + more - self._size
-        lacking_bytes = self._budget.lacking_bytes(working_bytes + more * model_bytes)
+        lacking_bytes = self._budget.lacking_bytes(waiter.working_bytes + more * model_bytes)
         victims: list[K] = []
         for idle in self._idle():
             if lacking_places <= 0 and lacking_bytes <= 0:
@@ -183,14 +185,14 @@ class ModelCache(Generic[K, V]):
             return None  # to evict would not be enough
         return [self._entries.pop(victim) for victim in victims]
 
-    def _take(self, waiter: _Waiter, key: K, estimate_bytes: int, working_bytes: int) -> tuple[_Entry[V], bool]:
+    def _take(self, key: K, waiter: _Waiter) -> tuple[_Entry[V], bool]:
         for earlier in self._before(waiter):
             earlier.overtaken += 1
         entry = self._entries.get(key)
         if entry is None:
-            entry = self._entries[key] = _Entry(self._model_bytes(key, estimate_bytes))
+            entry = self._entries[key] = _Entry(self._model_bytes(key, waiter.estimate_bytes))
             self._budget.take(entry.size_bytes)
-        self._budget.take(working_bytes)
+        self._budget.take(waiter.working_bytes)
         entry.pins += 1
         self._entries.move_to_end(key)
         return entry, entry.model is not None

@@ -8,7 +8,7 @@ from omnirt_tasks.contract import ModelAbility
 from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.errors import ModelFailed
 from omnirt_tasks.registry import LoadRequest, ModelSpec, TaskSpec
-from omnirt_tasks.registry.footprint import FALLBACK_DTYPE, default_dtype, weights_bytes_by_dtype
+from omnirt_tasks.registry.footprint import FALLBACK_DTYPE, default_dtype, nearest_dtype, weights_bytes_by_dtype
 from omnirt_tasks.registry.weight_files import UnsoundWeights, count_tensors
 from workers.backends import DeviceInfo
 
@@ -77,10 +77,10 @@ class Shelf:
         )
 
     def default_request(self, spec: ModelSpec) -> LoadRequest:
-        """What most jobs have the model loaded as: its first task's own dtype, if the device computes in it."""
-        wished, possible = default_dtype(next(iter(spec.tasks.values()))), self._device.dtypes
-        instead = FALLBACK_DTYPE if FALLBACK_DTYPE in possible else possible[0]
-        return self.load_request(spec, {"dtype": wished if wished in possible else instead})
+        """What most jobs have the model loaded as: its first task's defaults, in a dtype that the device can do."""
+        task = next(iter(spec.tasks.values()))
+        config: JsonObject = {name: option.default for name, option in task.options.items()}
+        return self.load_request(spec, config | {"dtype": nearest_dtype(default_dtype(task), self._device.dtypes)})
 
     def key(self, spec: ModelSpec, request: LoadRequest) -> ModelKey:
         """Two jobs with equal keys share the loaded model."""
@@ -131,17 +131,23 @@ class Shelf:
                 limits={str(task): _largest(its) for task, its in spec.tasks.items()},
                 weights_bytes=dict(self._weights_bytes_of(spec)),
                 working_bytes_per_pixel=spec.working_bytes_per_pixel,
+                working_bytes_per_film_pixel=spec.working_bytes_per_film_pixel,
+                working_bytes_per_frame_pixel=spec.working_bytes_per_frame_pixel,
+                working_dtype=spec.working_dtype,
+                tile_px=spec.tile_px,
                 seconds_per_unit=seconds_per_unit(spec.id),
             )
             for spec in self._models.values()
         }
 
     def _weights_bytes_of(self, spec: ModelSpec) -> Mapping[str, int]:
-        if spec.id not in self._weights_bytes:
-            folder = self._folders.get(spec.id) if _loads_weights(spec) else None
-            counted = {} if folder is None else weights_bytes_by_dtype(folder, self._device.dtypes)
+        if (known := self._weights_bytes.get(spec.id)) is not None:
+            return known
+        folder = self._folders.get(spec.id) if _loads_weights(spec) else None
+        counted = {} if folder is None else weights_bytes_by_dtype(folder, self._device.dtypes)
+        if counted:  # what its files do not tell now they may tell once they are mended
             self._weights_bytes[spec.id] = counted
-        return self._weights_bytes[spec.id]
+        return counted
 
 
 def _largest(task: TaskSpec) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """MemoryBudget: what of a device's memory is spoken for, by models and by runs."""
 
+from omnirt_tasks.contract import ResolvedRequest
 from omnirt_tasks.registry.footprint import insufficient_memory
 
 
@@ -29,7 +30,7 @@ class MemoryBudget:
         """Count the bytes as free."""
         self.taken_bytes -= size_bytes
 
-    def require(self, model_bytes: int, working_bytes: int) -> None:
-        """Raise InsufficientMemory for what would not fit if all else were gone."""
+    def require(self, model_bytes: int, working_bytes: int, request: ResolvedRequest | None = None) -> None:
+        """Raise InsufficientMemory for what would not fit if all else were gone; its hint is for the request."""
         if self.total_bytes is not None and model_bytes + working_bytes > self.total_bytes:
-            raise insufficient_memory(model_bytes, working_bytes, self.total_bytes)
+            raise insufficient_memory(model_bytes, working_bytes, self.total_bytes, request)

@@ -145,8 +145,7 @@ class PeerHost:
         return known
 
     def end_by_force(self, why: str) -> bool:
-        with self._lock:
-            self._why = self._why or why
+        self._why = self._why or why  # no lock: this must reach a process that hears nothing, whoever waits for it
         self._process.kill()
         return True
 
@@ -266,15 +265,17 @@ class PeerHost:
             self._gone.set()
             asked = self._why == "closed"
         failure = self._failure
-        self._on_gone(
-            Gone(
-                detail,
-                ready=self._pid is not None,
-                asked=asked,
-                error=None if failure is None else failure.error,
-                configuration=failure is not None and failure.configuration,
-            )
+        gone = Gone(
+            detail,
+            ready=self._pid is not None,
+            asked=asked,
+            error=None if failure is None else failure.error,
+            configuration=failure is not None and failure.configuration,
         )
+        try:
+            self._on_gone(gone)
+        except Exception:  # whoever waits for a run is told all the same
+            logger.exception("Who was to hear of the end of the process %s failed.", self._name)
         for run in runs:
             run.outcome.set_result(RunInterrupted(InterruptReason.GIVE_BACK) if asked else RunLost(detail))
 

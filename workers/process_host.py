@@ -35,6 +35,7 @@ COMMAND = (sys.executable, "-m", "workers.device_child")
 BACKOFF_FIRST_S = 0.5
 BACKOFF_MAX_S = 30.0
 LOUD_AFTER_FAILURES = 3
+START_PATIENCE_S = 900.0  # a warm-up may read a hundred gigabytes
 
 
 def backoff_s(failures: int) -> float:
@@ -108,6 +109,7 @@ class ProcessHost:
         self._waiting: list[_Waiting] = []
         self._running = 0
         self._jobs = 0  # that the present child has ended
+        self._due = False  # the present child is to be replaced, whatever its memory does from now on
         self._closed = threading.Event()
         self._news: queue.SimpleQueue[Gone | _Recycle] = queue.SimpleQueue()
         self._keeper = threading.Thread(target=self._keep, name="device-keeper", daemon=True)
@@ -132,7 +134,8 @@ class ProcessHost:
                 self._waiting.append(run)
                 return outcome
             self._running += 1
-        self._give(peer, run)
+            future = peer.submit(order, on_event)
+        self._follow(peer, run, future)
         return outcome
 
     def interrupt(self, job_id: str, reason: InterruptReason) -> bool:
@@ -145,8 +148,9 @@ class ProcessHost:
         return (peer is not None and peer.interrupt(job_id, reason)) or bool(stopped)
 
     def end_by_force(self, why: str) -> bool:
-        peer = self._peer
-        return peer is not None and peer.end_by_force(why)
+        if (peer := self._peer) is not None:
+            peer.end_by_force(why)
+        return True  # without a child nothing runs; what was lost with the last one is being told
 
     def capability(self) -> DeviceCapability:
         """As the child told it last; before the first child is ready, what was asked for."""
@@ -169,9 +173,7 @@ class ProcessHost:
 
     # Runs, in the threads of whoever submits, and of the child's peer
 
-    def _give(self, peer: PeerHost, run: "_Waiting") -> None:
-        future = peer.submit(run.order, run.on_event)
-
+    def _follow(self, peer: PeerHost, run: _Waiting, future: "Future[RunOutcome]") -> None:
         def ended(_: object) -> None:
             self._count_ended(peer)
             run.outcome.set_result(future.result())
@@ -184,10 +186,10 @@ class ProcessHost:
                 return  # it is gone, and so is what was counted of it
             self._running -= 1
             self._jobs += 1
-            due = self._recycling.due(self._jobs, self._memory_bytes)
-            tell = due and self._available
-            self._available = self._available and not due
-            if due and not self._running:
+            self._due = self._due or self._recycling.due(self._jobs, self._memory_bytes)
+            tell = self._due and self._available
+            self._available = self._available and not self._due
+            if self._due and not self._running:
                 self._news.put(_Recycle())
         if tell:
             self._on_available(False)
@@ -198,10 +200,12 @@ class ProcessHost:
         with self._lock:
             self._capability = peer.capability()
             self._available, self._detail = True, ""
-            self._running, self._jobs = len(self._waiting), 0
+            self._running, self._jobs, self._due = len(self._waiting), 0, False
             waiting, self._waiting = self._waiting, []
-        for run in waiting:
-            self._give(peer, run)
+            # Under the lock, so that no interrupt comes between: it finds the run here, or there.
+            given = [(run, peer.submit(run.order, run.on_event)) for run in waiting]
+        for run, future in given:
+            self._follow(peer, run, future)
         self._on_available(True)
 
     def _note(self, state: State) -> None:
@@ -212,24 +216,27 @@ class ProcessHost:
             tell = self._available
             self._peer, self._available, self._detail = None, False, gone.detail
             self._capability = replace(self._capability, loaded=())
-        if tell:
-            self._on_available(False)
-        self._news.put(gone)
+        try:
+            if tell:
+                self._on_available(False)
+        finally:
+            self._news.put(gone)
 
     # The keeper's thread, which alone starts and replaces children
 
     def _keep(self) -> None:
-        failures = 0
+        failures, served = 0, False
         while not self._closed.wait(backoff_s(failures)):
             try:
                 peer = self._start_child()
                 gone = self._see_off(peer)
-            except OSError as error:
+            except (OSError, RuntimeError) as error:  # no process, no thread
                 gone = Gone(f"No process can be made: {error}", ready=False, asked=False)
             if self._closed.is_set():
                 return
             failures = 0 if gone.ready else failures + 1
-            if gone.configuration and gone.error is not None:
+            served = served or gone.ready
+            if gone.configuration and gone.error is not None and not served:  # what served once was no mistake
                 logger.critical("The device cannot be served: %s", gone.detail)
                 self._on_unusable(gone.error)
                 return
@@ -256,9 +263,15 @@ class ProcessHost:
         return peer
 
     def _see_off(self, peer: PeerHost) -> Gone:
-        while isinstance(news := self._news.get(), _Recycle):
-            logger.info("The device's process is replaced; it has done its share of work.")
-            peer.close()
+        late = threading.Timer(START_PATIENCE_S, _give_up_start, (peer,))
+        late.name, late.daemon = "device-start", True
+        late.start()
+        try:
+            while isinstance(news := self._news.get(), _Recycle):
+                logger.info("The device's process is replaced; it has done its share of work.")
+                peer.close()
+        finally:
+            late.cancel()
         return news
 
     def _tell_of(self, gone: Gone, failures: int) -> None:
@@ -270,8 +283,13 @@ class ProcessHost:
             logger.error("The device's process did not start; it is tried again. %s", gone.detail)
         else:
             logger.critical(
-                "The device's process did not start for the %dth time in a row; next try in %.1f s. %s",
+                "The device's process did not start, %d times in a row now; next try in %.1f s. %s",
                 failures,
                 backoff_s(failures),
                 gone.detail,
             )
+
+
+def _give_up_start(peer: PeerHost) -> None:
+    if peer.pid is None:
+        peer.end_by_force(f"it was not ready within {START_PATIENCE_S:g} s")

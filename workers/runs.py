@@ -59,6 +59,11 @@ class Run:
         return self._clock() >= self._deadline_s
 
     @property
+    def left_s(self) -> float:
+        """How long until it has lasted too long."""
+        return max(self._deadline_s - self._clock(), 0.0)
+
+    @property
     def abandoned(self) -> bool:
         """Whether it did not stop although it had to: its device call does not come back."""
         return self._clock() >= self._abandon_at_s

@@ -6,7 +6,7 @@ submit(order) ─► a thread per run ─► ModelCache ─► executor ─► D
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from omnirt_tasks.contract import ErrorInfo
 from omnirt_tasks.errors import ConfigurationError, Internal, ModelFailed, OmnirtError, OutOfMemory
 from omnirt_tasks.observability.logs import bound
 from omnirt_tasks.registry import LoadRequest, ModelSpec, discover
-from omnirt_tasks.registry.footprint import run_working_bytes
+from omnirt_tasks.registry.footprint import in_words, run_working_bytes
 from omnirt_tasks.registry.work import megapixel_steps
 from workers.backends import BackendDriver, DeviceInfo, driver
 from workers.cache import ModelCache
@@ -34,6 +34,7 @@ from workers.host import (
     RunFacts,
     RunFailed,
     RunInterrupted,
+    RunLost,
     RunOrder,
     RunOutcome,
     RunSucceeded,
@@ -77,7 +78,7 @@ class ThreadHost:
         has none. `cache_size` is the most models kept loaded, `memory_budget_bytes` the most that they and the runs
         take of the device's memory together (nine tenths of it by default), `concurrency` the most runs the host is to
         be given at once. `warm_up` names the models that `warm_up` loads.
-        Raises ConfigurationError when the backend has no such device here, or no room for all of `warm_up`.
+        Raises ConfigurationError when the backend has no such device here, or `warm_up` names more than `cache_size`.
         """
         self._driver = backend
         self._concurrency = concurrency
@@ -95,13 +96,14 @@ class ThreadHost:
             self._budget_bytes = int(BUDGET_SHARE * self._info.memory_bytes)
         self._executors: dict[str, Executor] = {}
         self._cache: ModelCache[ModelKey, LoadedModel] = ModelCache(
-            cache_size, backend.release, budget_bytes=self._budget_bytes
+            cache_size, self._release, budget_bytes=self._budget_bytes
         )
         self._pace = Pace()
         self._broken_loads: set[int] = set()  # the threads whose load broke off; adding and discarding are atomic
-        self._lock = threading.Lock()  # guards the runs, the executors and the closing
+        self._lock = threading.Lock()  # guards the runs, the executors, the closing and the loss
         self._runs: list[_Run] = []
         self._closed = False
+        self._lost = False  # the device is, for this process
         self._device = DeviceThread(backend)
 
     @classmethod
@@ -124,11 +126,20 @@ class ThreadHost:
         )
 
     def warm_up(self) -> None:
-        """Load the models that this was asked of, each as most of its jobs want it. Raises what fails."""
+        """Load the models that this was asked of, each as most of its jobs want it.
+
+        Raises what fails, and ConfigurationError when they do not fit together.
+        """
         for model in self._warm_up:
             spec = self._shelf.spec(model)
             with self._driver.guard(), self._in_use(spec, self._shelf.default_request(spec)):
                 pass
+        loaded = self._shelf.ids_loaded(self._cache.loaded())
+        if gone := [model for model in self._warm_up if model not in loaded]:
+            raise ConfigurationError(
+                f"{', '.join(gone)} had to go for the other models of OMNIRT_WARM_UP.",
+                "Name fewer in OMNIRT_WARM_UP, or set a larger OMNIRT_MEMORY_BUDGET_BYTES.",
+            )
 
     def unload_idle(self) -> None:
         """Give back the memory of every model that no run uses."""
@@ -138,13 +149,19 @@ class ThreadHost:
         outcome: Future[RunOutcome] = Future()
         outcome.set_running_or_notify_cancel()  # a run is stopped by `interrupt`, not through its future
         job = JobContext(order, self._device, on_event)
-        thread = threading.Thread(
-            target=self._run, args=(job, outcome), name=f"omnirt-job-{order.job_id[:8]}-{order.attempt}", daemon=True
-        )
         with self._lock:
             if self._closed:
                 outcome.set_result(RunInterrupted(InterruptReason.GIVE_BACK))
                 return outcome
+            if self._lost:
+                outcome.set_result(_lost())
+                return outcome
+            thread = threading.Thread(
+                target=self._run,
+                args=(job, outcome, not self._runs),
+                name=f"omnirt-job-{order.job_id[:8]}-{order.attempt}",
+                daemon=True,
+            )
             thread.start()
             self._runs.append(_Run(job, thread))
         return outcome
@@ -186,6 +203,8 @@ class ThreadHost:
             return HostHealth(ok=False, detail="closed", stuck_for_s=stuck_for_s)
         if not self._device.alive:
             return HostHealth(ok=False, detail="the device thread has ended", stuck_for_s=stuck_for_s)
+        if self._lost:
+            return HostHealth(ok=False, detail="the device is lost", stuck_for_s=stuck_for_s)
         return HostHealth(ok=True, stuck_for_s=stuck_for_s)
 
     def close(self, timeout_s: float = 10.0) -> None:
@@ -204,26 +223,31 @@ class ThreadHost:
 
     # One run, in its own thread
 
-    def _run(self, job: JobContext, outcome: "Future[RunOutcome]") -> None:
+    def _run(self, job: JobContext, outcome: "Future[RunOutcome]", alone: bool) -> None:
         order = job.order
         result: RunOutcome = RunFailed(_broken_off())
         try:
             with bound(job_id=order.job_id, model=order.request.model):
-                result = self._outcome(job)
+                result = self._outcome(job, alone=alone)
                 self._tidy()
         finally:  # whoever waits gets an outcome, even when telling of an error fails
             with self._lock:
                 self._runs = [run for run in self._runs if run.job is not job]
             outcome.set_result(result)
 
-    def _outcome(self, job: JobContext) -> RunOutcome:
+    def _outcome(self, job: JobContext, *, alone: bool) -> RunOutcome:
         """What became of the run: the one place where its errors end."""
         try:
             with job.entered(), self._driver.guard():
+                if alone:  # what runs at the same time is counted together
+                    self._driver.reset_peak()
                 return self._succeeded(job)
         except Interrupted as interrupted:
             return RunInterrupted(interrupted.reason)
         except BaseException as error:  # whatever a model raises is the job's alone
+            if self._lost_before(error):
+                log.warning("run failed on a device that was lost before", extra={"attempt": job.order.attempt})
+                return _lost()
             info = self._explain(error)
             log.exception("run failed", extra={"attempt": job.order.attempt, "code": info.code})
         return self._failed(job, info)
@@ -255,11 +279,19 @@ class ThreadHost:
         )
         return RunSucceeded(outputs, facts)
 
+    def _lost_before(self, error: BaseException) -> bool:
+        """Whether the device was lost before this error, which may be the one that tells of it."""
+        with self._lock:
+            if self._lost:
+                return True
+            self._lost = any(self._driver.is_lost(told) for told in _causes(error))
+            return False
+
     def _failed(self, job: JobContext, info: ErrorInfo) -> RunFailed:
         try:
             job.stage_failed(info.code, info.message)
             if info.code == OutOfMemory.code:
-                self._driver.release()
+                self._release()
         except Exception:
             log.exception("could not tell of a failed run")
         return RunFailed(info)
@@ -269,7 +301,7 @@ class ThreadHost:
             return error.info()
         if self._driver.is_out_of_memory(error):
             return OutOfMemory(
-                "The device has too little memory for this job.",
+                f"The device has too little memory for this job{self._memory_in_words()}.",
                 "Ask for fewer or smaller pictures, or for the preset low-vram.",
             ).info()
         if isinstance(error, Exception):
@@ -277,6 +309,16 @@ class ThreadHost:
                 f"The model's code raised {type(error).__name__}.", "The worker's log has the whole story."
             ).info()
         return _broken_off()
+
+    def _memory_in_words(self) -> str:
+        try:
+            memory = self._driver.memory()
+        except Exception:  # where memory lacked for the device's own libraries, it cannot be asked
+            log.warning("the device does not tell its memory", exc_info=True)
+            return ""
+        if memory is None:
+            return ""
+        return f": {in_words(memory.free_bytes)} of its {in_words(memory.total_bytes)} are free"
 
     # Models
 
@@ -295,11 +337,13 @@ class ThreadHost:
         estimate_bytes = self._shelf.estimate_bytes(spec, request.dtype)
         if job is None:
             return self._cache.use(key, load, estimate_bytes=estimate_bytes)
+        asked = job.order.request
         return self._cache.use(
             key,
             load,
             estimate_bytes=estimate_bytes,
-            working_bytes=run_working_bytes(spec, job.order.request),
+            working_bytes=run_working_bytes(spec, spec.tasks[asked.task], asked),
+            request=asked,
             check=job.check,
             woken_by=job.woken_by,
         )
@@ -316,6 +360,10 @@ class ThreadHost:
         """Give back what a load of this thread held when it broke off; its error, which held it too, has gone."""
         if (thread := threading.get_ident()) in self._broken_loads:
             self._broken_loads.discard(thread)
+            self._release()
+
+    def _release(self) -> None:
+        if not self._lost:  # what a lost device holds goes with its process
             self._driver.release()
 
 
@@ -327,6 +375,17 @@ def _device_of(backend: BackendDriver) -> DeviceInfo:
         f"This host has no device {backend.device!r} of the backend {backend.name!r}.",
         "Install the backend's software, or name a device that is there.",
     )
+
+
+def _lost() -> RunLost:
+    return RunLost("The device is lost to this process.")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and those that led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _broken_off() -> ErrorInfo:

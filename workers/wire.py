@@ -7,11 +7,14 @@ Messages are pickled, which is safe between a process and the child that it star
 its own. Files never travel: an order names folders that both halves see.
 """
 
+import os
 import pickle
 import resource
 import select
 import socket
+import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,8 +39,8 @@ OUTBOX_MESSAGES_MAX = 8_192
 BEAT_S = 1.0
 CLOSED_WITHIN_S = 5.0
 UNFIT_WITHIN_S = 5.0
-# A socket counts as writable while three quarters of its buffer, of some 200 KiB, are free.
-SENT_AT_ONCE_BYTES_MAX = 32 * 1024
+# On Linux a socket counts as writable while three quarters of its buffer are free; elsewhere while a little is.
+SENT_AT_ONCE_SHARE = 8 if sys.platform == "linux" else None
 # What may be missed when the other half does not read: it is told again, or was only to be looked at.
 DROPPABLE = frozenset({EventName.PREVIEW, EventName.STAGE_PROGRESS})
 
@@ -130,6 +133,7 @@ class Outbox:
         self._connection = connection
         self._writable = select.poll()
         self._writable.register(connection.fileno(), select.POLLOUT)
+        self._at_once_bytes_max = _buffer_bytes(connection) // SENT_AT_ONCE_SHARE if SENT_AT_ONCE_SHARE else 0
         self._changed = threading.Condition()  # guards what follows
         self._waiting: deque[_Packed] = deque()
         self._sending = False  # by the thread, outside the lock
@@ -139,7 +143,7 @@ class Outbox:
 
     def put(self, message: object) -> None:
         """Send the message, now or soon; once the other half is gone, forget it."""
-        droppable = isinstance(message, Told) and message.event.event in DROPPABLE
+        droppable = isinstance(message, State) or (isinstance(message, Told) and message.event.event in DROPPABLE)
         packed = _Packed(pickle.dumps((message,)), droppable)
         with self._changed:
             if self._closed:
@@ -160,7 +164,7 @@ class Outbox:
         self._thread.join(timeout_s)
 
     def _fits(self, packed: "_Packed") -> bool:
-        return len(packed.data) <= SENT_AT_ONCE_BYTES_MAX and bool(self._writable.poll(0))
+        return len(packed.data) <= self._at_once_bytes_max and bool(self._writable.poll(0))
 
     def _drop_one(self) -> None:
         for place, packed in enumerate(self._waiting):
@@ -192,6 +196,11 @@ class Outbox:
         return True
 
 
+def _buffer_bytes(connection: Connection) -> int:
+    with socket.socket(fileno=os.dup(connection.fileno())) as end:
+        return end.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+
+
 @dataclass(frozen=True)
 class _Packed:
     """A message as it travels; `droppable` if it may be missed."""
@@ -221,11 +230,14 @@ def serve(host: DeviceHost, connection: Connection, *, pid: int) -> None:
     outbox = Outbox(connection, "wire-outbox")
     outbox.put(Ready(pid, host.capability()))
     timeout_s: float | None = None
+    beat_at_s = time.monotonic() + BEAT_S
     try:
         while timeout_s is None:
-            if not connection.poll(BEAT_S):
+            left_s = beat_at_s - time.monotonic()
+            if left_s <= 0 or not connection.poll(left_s):
                 outbox.put(_state(host))
                 timeout_s = None if host.health().ok else UNFIT_WITHIN_S
+                beat_at_s = time.monotonic() + BEAT_S
                 continue
             for message in receive(connection):
                 match message:
@@ -245,8 +257,10 @@ def _submit(host: DeviceHost, outbox: Outbox, key: int, order: RunOrder) -> None
     future = host.submit(order, lambda event: outbox.put(Told(key, event)))
 
     def ended(_: object) -> None:
-        outbox.put(_state(host))  # first, so that whoever sees the end sees what it left
-        outbox.put(Ended(key, future.result()))
+        try:
+            outbox.put(_state(host))  # first, so that whoever sees the end sees what it left
+        finally:
+            outbox.put(Ended(key, future.result()))
 
     future.add_done_callback(ended)
 

@@ -11,11 +11,11 @@ class ModelAbility(Answer):
     """What a worker can do with one of its models.
 
     `limits` has the largest value of each number that it takes, by task and field; `options` are the names of all that
-    it takes, over all tasks. `weights_bytes` is what the weights take in each dtype that the
-    device computes in, by dtype; empty where it is not known. A run takes `working_bytes_per_pixel` more for each pixel
-    of its largest picture, or of all frames of its video, in the model's default dtype. `chunk_classes` name the runs
-    that may share a forward pass. `seconds_per_unit` is the time of a unit of work as measured here (a megapixel
-    denoised by one step; a second of audio), None until something ran.
+    it takes, over all tasks; empty where it is not told. `weights_bytes` is what the weights take in each dtype that
+    the device computes in, by dtype; empty where it is not known. From `working_bytes_per_pixel` to `tile_px` is what a
+    run takes beside them, as the model's spec has it. `chunk_classes` name the runs that may share a forward pass.
+    `seconds_per_unit` is the time of a unit of work as measured here (a megapixel denoised by one step; a second of
+    audio), None until something ran.
     """
 
     tasks: tuple[Task, ...]
@@ -25,6 +25,10 @@ class ModelAbility(Answer):
     limits: dict[str, dict[str, float]] = Field(default_factory=dict)
     weights_bytes: dict[str, int] = Field(default_factory=dict)
     working_bytes_per_pixel: int = 0
+    working_bytes_per_film_pixel: int | None = None
+    working_bytes_per_frame_pixel: int = 0
+    working_dtype: str | None = None
+    tile_px: int | None = None
     chunk_classes: tuple[str, ...] = ()
     seconds_per_unit: float | None = None
 

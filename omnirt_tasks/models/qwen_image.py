@@ -2,7 +2,7 @@
 
 from omnirt_tasks.contract import ArtifactKind, Backend, ExecutionMode, Task, Tier
 from omnirt_tasks.registry import options
-from omnirt_tasks.registry.decoders import CAUSAL_PICTURE_BYTES_PER_PIXEL
+from omnirt_tasks.registry.decoders import CAUSAL_PICTURE_BYTES_PER_PIXEL, CAUSAL_TILE_PX
 from omnirt_tasks.registry.loading import load_diffusers
 from omnirt_tasks.registry.presets import whichever
 from omnirt_tasks.registry.runnable import DiffusersModel
@@ -49,6 +49,7 @@ SPECS = (
         status="beta",
         min_memory_bytes=24 * GIB,
         working_bytes_per_pixel=CAUSAL_PICTURE_BYTES_PER_PIXEL,
+        tile_px=CAUSAL_TILE_PX,
         loader=load,
         verified=Verification.TINY_WEIGHTS,
         adapters=("lora",),

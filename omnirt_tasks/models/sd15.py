@@ -8,6 +8,7 @@ from omnirt_tasks.registry.runnable import DiffusersModel
 from omnirt_tasks.registry.spec import LoadRequest, ModelSpec, TaskSpec, Verification
 
 GIB = 1024**3
+SIZE_PX = 512
 
 _CLASSES = {
     Task.TEXT2IMAGE: "StableDiffusionPipeline",
@@ -26,8 +27,8 @@ def _task(*pictures: str, strength: float | None = None) -> TaskSpec:
         required_inputs=(*pictures, "prompt"),
         optional_inputs=("negative_prompt",),
         options=options.picture_options(
-            512,
-            512,
+            SIZE_PX,
+            SIZE_PX,
             maximum_px=1024,
             steps=30,
             guidance=7.5,
@@ -56,6 +57,7 @@ SPECS = (
         status="beta",
         min_memory_bytes=6 * GIB,
         working_bytes_per_pixel=KL_F8_BYTES_PER_PIXEL,
+        tile_px=SIZE_PX,
         loader=load,
         verified=Verification.TINY_WEIGHTS,
         adapters=("lora",),

@@ -12,6 +12,7 @@ from omnirt_tasks.registry.runnable import DiffusersModel
 from omnirt_tasks.registry.spec import LoadRequest, ModelSpec, TaskSpec, Verification
 
 GIB = 1024**3
+SIZE_PX = 1024
 SIZE_MAX_PX = 2048
 # Latents of 8x8 pixels, read by the transformer in patches of 2x2.
 SIZE_MULTIPLE_PX = 16
@@ -31,8 +32,8 @@ def _model(
         required_inputs=("prompt",),
         optional_inputs=("negative_prompt",),
         options=options.picture_options(
-            1024,
-            1024,
+            SIZE_PX,
+            SIZE_PX,
             maximum_px=SIZE_MAX_PX,
             multiple_px=SIZE_MULTIPLE_PX,
             steps=steps,
@@ -54,6 +55,7 @@ def _model(
         status="beta",
         min_memory_bytes=24 * GIB,
         working_bytes_per_pixel=KL_F8_BYTES_PER_PIXEL,
+        tile_px=SIZE_PX,
         loader=load,
         verified=Verification.TINY_WEIGHTS,
         adapters=("lora",),

@@ -67,6 +67,8 @@ def _model(model_id: str, summary: str, tasks: Mapping[Task, TaskSpec], tier: Ti
         status=status,
         min_memory_bytes=gib * GIB,
         working_bytes_per_pixel=WORKING_BYTES_PER_PIXEL,
+        working_dtype="fp32",
+        tile_px=SIZE_PX,
         loader=load,
         verified=Verification.TINY_WEIGHTS,
         adapters=("lora",),

@@ -2,7 +2,12 @@
 
 from omnirt_tasks.contract import ArtifactKind, Backend, ExecutionMode, Task, Tier
 from omnirt_tasks.registry import options
-from omnirt_tasks.registry.decoders import CAUSAL_FILM_BYTES_PER_PIXEL
+from omnirt_tasks.registry.decoders import (
+    CAUSAL_FILM_BYTES_PER_PIXEL,
+    CAUSAL_FRAME_BYTES_PER_PIXEL,
+    CAUSAL_PICTURE_BYTES_PER_PIXEL,
+    CAUSAL_TILE_PX,
+)
 from omnirt_tasks.registry.loading import load_diffusers
 from omnirt_tasks.registry.presets import whichever
 from omnirt_tasks.registry.runnable import DiffusersModel
@@ -50,7 +55,10 @@ SPECS = (
         tier=Tier.EXPERIMENTAL,
         status="beta",
         min_memory_bytes=18 * GIB,
-        working_bytes_per_pixel=CAUSAL_FILM_BYTES_PER_PIXEL,
+        working_bytes_per_pixel=CAUSAL_PICTURE_BYTES_PER_PIXEL,
+        working_bytes_per_film_pixel=CAUSAL_FILM_BYTES_PER_PIXEL,
+        working_bytes_per_frame_pixel=CAUSAL_FRAME_BYTES_PER_PIXEL,
+        tile_px=CAUSAL_TILE_PX,
         # Its blocks mend the prompt's text by it, and do not ask whether it is there.
         needs=Needs(packages=("ftfy",)),
         loader=load,

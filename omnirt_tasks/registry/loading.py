@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,19 @@ def load_diffusers(
 ) -> DiffusersModel:
     """A pipeline for each task, of the diffusers class named, on the request's device in its dtype.
 
-    They share one set of components, which are loaded one by one. Safetensors and local files only.
-    Raises ConfigurationError when the folder is no diffusers folder, or wants code that is neither diffusers' nor
-    transformers'; ModelFailed, naming the component, when the folder is not whole; what `loaded_part` raises.
+    The folder is to be one of the first class. They share one set of components, which are loaded one by one.
+    Safetensors and local files only.
+    Raises ConfigurationError when the folder is no diffusers folder, is one of another class, or wants code that is
+    neither diffusers' nor transformers'; ModelFailed, naming the component, when the folder is not whole; what
+    `loaded_part` raises.
     """
     index = _index(request.folder)
-    _require_class(index, class_names.values())
+    (first, class_name), *others = class_names.items()
+    _require_class(index, class_name)
     import diffusers
     import torch
 
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[request.dtype]
-    (first, class_name), *others = class_names.items()
     kind = getattr(diffusers, class_name)
     takes = inspect.signature(kind.__init__).parameters
     classes = {name: found for name, found in _classes(index) if name in takes}
@@ -107,11 +109,11 @@ def _class(component: str, library: str, class_name: str) -> type:
     return found
 
 
-def _require_class(index: Mapping[str, Any], known: Collection[str]) -> None:
+def _require_class(index: Mapping[str, Any], wanted: str) -> None:
     """Refuse a folder of another pipeline: what it lacks would be None until a job calls it."""
-    if (held := index["_class_name"]) not in known:
+    if (held := index["_class_name"]) != wanted:
         raise ConfigurationError(
-            f"The model's folder holds a {held}; this model is a {' or '.join(known)}.",
+            f"The model's folder holds a {held}; this model is a {wanted}.",
             "Point OMNIRT_MODEL_FOLDERS at a folder of this model.",
         )
 

@@ -110,8 +110,8 @@ class ModelSpec:
     (cpu-stub).
 
     `min_memory_bytes` is what the published weights take on a device with their default dtype, for documents; what
-    is refused is counted from the weights that are really there, plus `working_bytes_per_pixel` for each pixel of a
-    run's largest decoded picture, or frames of a video (in the default dtype).
+    is refused is counted from the weights that are really there, plus what the decoder works in: the fields from
+    `working_bytes_per_pixel` to `tile_px`, as `footprint.Decoding` says.
 
     `adapters`, `quantisations` and `chunkable` say what a model could take; no request may ask for the first two yet,
     and nothing merges yet.
@@ -130,6 +130,10 @@ class ModelSpec:
     owned_by: str = "omnirt"
     min_memory_bytes: int = 0
     working_bytes_per_pixel: int = 0
+    working_bytes_per_film_pixel: int | None = None
+    working_bytes_per_frame_pixel: int = 0
+    working_dtype: str | None = None
+    tile_px: int | None = None
     weights: Path | None = None
     revision: str = ""
     needs: Needs = Needs()

@@ -15,7 +15,6 @@ from typing import Any
 
 PIPELINE_INDEX = "model_index.json"
 SUFFIX = ".safetensors"
-SHARD_INDEX_SUFFIX = f"{SUFFIX}.index.json"
 # Formats that may run code when they are read; none is ever opened.
 UNSAFE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # No model's header comes near it; a file that is none may claim any length.
@@ -24,6 +23,8 @@ HEADER_BYTES_MAX = 100_000_000
 _LENGTH = struct.Struct("<Q")
 # model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, model-00001-of-00002.fp16.safetensors
 _VARIANT = re.compile(r"\.([A-Za-z]\w*)(?:-\d+-of-\d+)?\.safetensors$")
+# model.safetensors.index.json, model.safetensors.index.fp16.json
+_SHARD_INDEX = re.compile(r"\.safetensors\.index(?:\.([A-Za-z]\w*))?\.json$")
 _TENSOR_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
@@ -65,7 +66,7 @@ def count_tensors(folder: Path) -> TensorCount:
 
 
 def lone_variant(component: Path) -> str | None:
-    """The variant ("fp16") whose files alone hold the component's weights; None where plain ones lie there too."""
+    """The variant ("fp16") that the component's weights are in; None where plain ones lie there too, or several."""
     found = [_VARIANT.search(file.name) for file in component.glob(f"*{SUFFIX}")]
     variants = {match[1] for match in found if match}
     return variants.pop() if len(variants) == 1 and all(found) else None
@@ -96,8 +97,9 @@ def _files(component: Path, name: str) -> Sequence[Path]:
         if unsafe := next((path for path in held if path.suffix in UNSAFE_SUFFIXES), None):
             raise UnsoundWeights(f"The weights of {name} are not safetensors ({unsafe.name}).")
         return ()
-    for index in (path for path in held if path.name.endswith(SHARD_INDEX_SUFFIX)):
-        if not _VARIANT.search(index.name.removesuffix(".index.json")):
+    variant = lone_variant(component)
+    for index in held:
+        if (match := _SHARD_INDEX.search(index.name)) and match[1] == variant:
             for shard in _shards(index, name):
                 if not (component / shard).is_file():
                     raise UnsoundWeights(f"The file {shard} of {name} is missing.")

@@ -192,6 +192,8 @@ def _resolve_config(request: GenerateRequest, task: TaskSpec) -> tuple[dict[str,
     config = {name: value for layer in layers for name, value in layer.items() if name in task.options}
     if not problems and "seed" in config:
         problems += _settle_seed(config)
+    if not problems and "strength" in config:
+        problems += _check_strength(config)
     return config, problems
 
 
@@ -202,6 +204,15 @@ def _settle_seed(config: dict[str, JsonValue]) -> Iterable[Problem]:
     elif isinstance(seed, int) and isinstance(count, int) and seed > SEED_MAX - count + 1:
         told = f"{seed} leaves no seed for the last of {count} pictures; use at most {SEED_MAX - count + 1}."
         yield Problem(loc="config.seed", rule="maximum", message=told)
+
+
+def _check_strength(config: Mapping[str, JsonValue]) -> Iterable[Problem]:
+    """The last of the steps are run, as large a part of them as the strength says: at least one."""
+    strength, steps = config["strength"], config.get("num_inference_steps")
+    if isinstance(strength, int | float) and isinstance(steps, int) and int(steps * strength) < 1:
+        least = math.ceil(1000 / steps) / 1000
+        told = f"{strength} leaves none of {steps} steps to run; use at least {least}, or more steps."
+        yield Problem(loc="config.strength", rule="minimum", message=told)
 
 
 def _option_problem(option: Option, value: object) -> tuple[str, str] | None:

@@ -131,7 +131,7 @@ def test_a_cancelled_job_that_does_not_listen_is_ended_by_force_after_the_patien
     processes.worker(system.settings, STUB_QUEUE)
     device_child(system)
     deaf = system.submit(steps=6, step_ms=20, crash_at_step=5, crash="hold-gil")
-    system.seen(deaf, EventName.STAGE_PROGRESS)
+    eventually(lambda: len(system.events(deaf, EventName.STAGE_PROGRESS)) == 4)
     neighbour = system.submit(steps=2)
 
     assert system.store.cancel(deaf) is CancelOutcome.REQUESTED
@@ -171,7 +171,9 @@ def test_a_killed_worker_takes_its_device_process_with_it(system: JobSystem, pro
     assert (job.state, job.attempt) == (JobState.SUCCEEDED, 2)
 
 
-def test_a_worker_takes_no_message_while_its_device_is_not_there(system: JobSystem, processes: Processes) -> None:
+def test_a_device_process_is_replaced_after_each_job_and_no_job_notices(
+    system: JobSystem, processes: Processes
+) -> None:
     settings = system.settings.model_copy(update={"recycle_after_jobs": 1})
     processes.worker(settings, STUB_QUEUE)
     first = device_child(system)
@@ -181,7 +183,7 @@ def test_a_worker_takes_no_message_while_its_device_is_not_there(system: JobSyst
     assert device_child(system, but=first.pid).pid != first.pid
 
 
-def test_a_device_that_cannot_be_had_ends_the_worker_with_the_reason(
+def test_a_wrong_warm_up_ends_the_worker_before_it_starts_with_the_reason(
     open_system: Callable[..., JobSystem], processes: Processes
 ) -> None:
     system = open_system(warm_up=("shapes",))
@@ -221,3 +223,15 @@ def _draw(system: JobSystem) -> JobRecord:
         "config": {"num_inference_steps": 4, "seed": 3},
     }
     return system.finished(system.submission.submit(parse_request(body), owner="").record.id, timeout_s=60)
+
+
+def test_a_device_that_can_never_start_ends_the_worker_with_the_reason(
+    open_system: Callable[..., JobSystem], processes: Processes, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    system = open_system(placement="auto", warm_up=("shapes",), model_folders={"shapes": str(broken)})
+    worker = processes.start_worker(system.settings, "cpu-shapes")
+    assert worker.wait(READY_S)
+    assert worker.exit_code == 1
+    assert any("The device cannot be served" in line for line in worker.last_lines)

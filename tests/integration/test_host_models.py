@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 BASE, TURBO = "sdxl-base-1.0", "sdxl-turbo"
 BYTES_PER_PIXEL = 1_000
-RUN_BYTES = 2 * BYTES_PER_PIXEL * 64 * 64  # of a picture in fp32
+RUN_BYTES = BYTES_PER_PIXEL * 64 * 64  # of a picture, in whatever dtype
 UNET_FILE = Path("unet") / "diffusion_pytorch_model.safetensors"
 
 
@@ -111,13 +111,14 @@ def failed(outcome: RunOutcome, code: str) -> str:
 def test_a_run_that_can_never_fit_fails_with_the_numbers_and_the_host_goes_on(
     make_bench: MakeBench, weights: Path
 ) -> None:
-    # fp32 takes twice what a pixel takes in the model's own fp16; there is room for a picture and a half.
-    bench = make_bench({BASE: weights}, memory_budget_bytes=size_of(weights) + 3 * BYTES_PER_PIXEL * 64 * 64)
+    bench = make_bench({BASE: weights}, memory_budget_bytes=size_of(weights) + int(1.5 * RUN_BYTES))
     told = failed(bench.run(num_images_per_prompt=2), "insufficient_memory")
     assert "needs" in told
     assert "available" in told
-    assert "fewer or smaller pictures" in told
+    assert "fewer pictures" in told
     assert bench.host.capability().loaded == ()
+    three_in_slices = bench.run(num_images_per_prompt=3, vae_slicing=True, width=128)
+    assert "vae_slicing" not in failed(three_in_slices, "insufficient_memory"), "it is on"
     succeeded(bench.run(num_images_per_prompt=1))
 
 
@@ -316,6 +317,16 @@ def test_a_warm_up_raises_what_fails(make_bench: MakeBench, weights: Path) -> No
         make_bench({BASE: weights}, warm_up=(BASE,)).host.warm_up()
 
 
+def test_a_warm_up_that_a_later_model_undoes_is_told(make_bench: MakeBench, weights: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(weights, tmp_path / "other"))
+    room_bytes = int(1.5 * size_of(weights))
+    bench = make_bench({BASE: weights, TURBO: other}, warm_up=(BASE, TURBO), memory_budget_bytes=room_bytes)
+    with pytest.raises(ConfigurationError, match=f"{BASE} had to go") as refused:
+        bench.host.warm_up()
+    assert refused.value.hint is not None
+    assert "OMNIRT_MEMORY_BUDGET_BYTES" in refused.value.hint
+
+
 def test_more_models_to_warm_up_than_are_kept_are_refused(make_bench: MakeBench, weights: Path) -> None:
     with pytest.raises(ConfigurationError, match="2 models") as refused:
         make_bench({BASE: weights, TURBO: weights}, warm_up=(BASE, TURBO), cache_size=1)
@@ -324,6 +335,15 @@ def test_more_models_to_warm_up_than_are_kept_are_refused(make_bench: MakeBench,
 
 
 # What is told
+
+
+def test_what_weights_take_is_told_once_they_are_mended(make_bench: MakeBench, tiny: Path, weights: Path) -> None:
+    spoil_cut_off(weights)
+    bench = make_bench({BASE: weights})
+    assert bench.host.capability().abilities[BASE].weights_bytes == {}
+    shutil.rmtree(weights)
+    shutil.copytree(tiny, weights)
+    assert bench.host.capability().abilities[BASE].weights_bytes["fp32"] == size_of(weights)
 
 
 def test_the_capability_tells_what_each_model_can_do_here(make_bench: MakeBench, weights: Path) -> None:
@@ -335,6 +355,7 @@ def test_the_capability_tells_what_each_model_can_do_here(make_bench: MakeBench,
     assert {"strength", "num_inference_steps", "dtype"} <= set(ability.options)
     assert ability.weights_bytes == {"fp32": size_of(weights), "bf16": weights_bytes(weights, "bf16")}
     assert ability.working_bytes_per_pixel == BYTES_PER_PIXEL
+    assert (ability.working_dtype, ability.tile_px) == ("fp32", 1024)
     assert ability.seconds_per_unit is None
     succeeded(bench.run())
     measured = bench.host.capability().abilities[BASE].seconds_per_unit

@@ -2,12 +2,14 @@
 
 import functools
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -147,13 +149,59 @@ def test_inpainting_changes_what_the_mask_covers(bench: Bench, photo: Path, mask
     assert recorder.stages == ["load", "encode_prompt", "denoise", "decode", "export"]
 
 
-def test_a_strength_that_leaves_no_step_says_so(bench: Bench, photo: Path) -> None:
-    order = bench.order(task=Task.IMAGE2IMAGE, files={"image": photo}, strength=0.05, num_inference_steps=10)
-    error = failed(bench.run(order)).error
-    assert error.code == "model_failed"
-    assert "no step to run" in error.message
-    assert error.hint
-    assert "0.1" in error.hint
+class Called:
+    """What the pipelines of a task are called with, instead of being run."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, class_name: str) -> None:
+        import diffusers
+
+        self.arguments: dict[str, Any] = {}
+        kind = getattr(diffusers, class_name)
+        original = kind.__call__
+
+        @functools.wraps(original)
+        def remember(pipeline: Any, **arguments: Any) -> Any:
+            self.arguments = arguments
+            return original(pipeline, **arguments)
+
+        monkeypatch.setattr(kind, "__call__", remember)
+
+
+def test_a_mask_of_another_size_lies_on_its_picture_before_both_are_cropped(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What is white, and what is to be painted anew: the right eighth of both, of which the crop leaves nothing.
+    called = Called(monkeypatch, "StableDiffusionXLInpaintPipeline")
+    files = {"image": tmp_path / "wide.png", "mask": tmp_path / "square.png"}
+    for name, size in (("image", (256, 64)), ("mask", (64, 64))):
+        drawn = Image.new("L", size)
+        drawn.paste(255, (size[0] * 7 // 8, 0, *size))
+        drawn.save(files[name])
+
+    succeeded(bench.run(task=Task.INPAINT, files=files, strength=1.0))
+
+    cropped, mask = called.arguments["image"], called.arguments["mask_image"]
+    assert cropped.size == mask.size == (64, 64)
+    assert cropped.convert("L").getextrema() == mask.getextrema() == (0, 0)
+
+
+def test_a_grey_picture_of_sixteen_bits_keeps_its_greys(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = Called(monkeypatch, "StableDiffusionXLImg2ImgPipeline")
+    greys = np.tile(np.arange(64, dtype=np.uint16) * 1024, (64, 1))
+    Image.fromarray(greys).save(tmp_path / "deep.png")
+
+    succeeded(bench.run(task=Task.IMAGE2IMAGE, files={"image": tmp_path / "deep.png"}, strength=0.5))
+
+    given = np.asarray(called.arguments["image"])
+    assert (given == (greys // 256)[..., None]).all()
+
+
+def test_a_file_that_is_no_picture_of_an_upload_is_not_opened(bench: Bench, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "old.png", "TIFF")
+    files = {"image": tmp_path / "old.png"}
+    assert failed(bench.run(task=Task.IMAGE2IMAGE, files=files, strength=0.5)).error.code == "model_failed"
 
 
 def test_the_tasks_of_a_model_share_one_load(tiny: tuple[Bench, Loads], photo: Path) -> None:
@@ -328,6 +376,22 @@ def test_weights_that_are_no_safetensors_are_not_read(tmp_path: Path) -> None:
     bench.host.close()
 
 
+def test_a_folder_of_half_precision_variants_alone_draws_the_same_picture(bench: Bench, tmp_path: Path) -> None:
+    folder = save_tiny_sdxl(tmp_path / "variants")
+    for path in list(folder.rglob("*.safetensors")):
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    own_path = tmp_path / "own"
+    own_path.mkdir()
+    of_variants, _ = legacy_bench(own_path, folder)
+    plain, same = bench.order(), of_variants.order()
+
+    succeeded(bench.run(plain))
+    succeeded(of_variants.run(same))
+
+    of_variants.host.close()
+    assert difference(picture(plain), picture(same)) == 0
+
+
 def test_at_most_as_many_models_stay_loaded_as_the_cache_has_places(weights: Path, tmp_path: Path) -> None:
     other = save_tiny_sdxl(tmp_path / "other", seed=8)
     bench, loads = legacy_bench(tmp_path, weights, cache_size=1, more={"sdxl-turbo": other})
@@ -451,3 +515,11 @@ def test_a_load_by_two_threads_leaves_the_process_as_it_was(weights: Path) -> No
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda _: executor.load(spec, request), range(4)))
     assert torch.get_default_dtype() is torch.float32
+
+
+def test_code_from_elsewhere_stays_off_whatever_the_environment_says(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIFFUSERS_DISABLE_REMOTE_CODE", "false")
+    succeeded(bench.run())
+    assert os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] == "true"

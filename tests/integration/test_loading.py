@@ -14,6 +14,7 @@ from omnirt_tasks.contract import Task
 from omnirt_tasks.errors import ConfigurationError, ModelFailed, OmnirtError
 from omnirt_tasks.registry import LoadRequest
 from omnirt_tasks.registry.loading import load_diffusers
+from omnirt_tasks.registry.weight_files import UnsoundWeights, count_tensors
 from tests.support.tiny_models import save_tiny_sdxl
 
 CLASSES = {
@@ -91,6 +92,52 @@ def test_a_load_that_is_broken_off_leaves_nothing_while_its_error_lives(
     assert raised.value.__traceback__ is not None
     assert made
     assert [module() for module in made if module() is not None] == []
+
+
+def renamed(part: Path, variant: str) -> None:
+    for weights in part.glob("*.safetensors"):
+        weights.rename(weights.with_suffix(f".{variant}.safetensors"))
+
+
+@pytest.mark.parametrize("parts", [HEAVY, ["unet"], ["text_encoder"]])
+def test_a_part_of_which_there_is_only_a_variant_is_loaded_from_it(folder: Path, parts: list[str]) -> None:
+    plain = load_diffusers(CLASSES, request(folder)).components
+    for part in parts:
+        renamed(folder / part, "fp16")
+
+    loaded = load_diffusers(CLASSES, request(folder)).components
+
+    for name in HEAVY:
+        for one, other in zip(loaded[name].parameters(), plain[name].parameters(), strict=True):
+            assert one.equal(other)
+
+
+def test_the_plain_weights_go_before_a_variant_beside_them(folder: Path) -> None:
+    (folder / "vae" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"never read")
+    assert load_diffusers(CLASSES, request(folder)).components["vae"] is not None
+
+
+@pytest.mark.parametrize("index", ["model.safetensors.index.fp16.json", "model.safetensors.index.json"])
+def test_a_shard_that_is_missing_is_told_whatever_the_variant(folder: Path, index: str) -> None:
+    part, variant = folder / "text_encoder", ".fp16" if "fp16" in index else ""
+    shards = [f"model-0000{number}-of-00002{variant}.safetensors" for number in (1, 2)]
+    (part / "model.safetensors").rename(part / shards[0])
+    (part / index).write_text(json.dumps({"weight_map": {"a": shards[0], "b": shards[1]}}))
+
+    with pytest.raises(UnsoundWeights, match=f"{shards[1]} of the component 'text_encoder' is missing"):
+        count_tensors(folder)
+
+
+def test_a_folder_of_another_pipeline_is_refused_with_both_names(folder: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"StableDiffusionXLPipeline.*FluxPipeline") as raised:
+        load_diffusers({Task.TEXT2IMAGE: "FluxPipeline"}, request(folder))
+    assert "OMNIRT_MODEL_FOLDERS" in (raised.value.hint or "")
+
+
+def test_a_folder_that_can_do_one_of_the_tasks_alone_is_refused(folder: Path) -> None:
+    change_index(folder, _class_name="StableDiffusionXLInpaintPipeline")
+    with pytest.raises(ConfigurationError, match=r"StableDiffusionXLInpaintPipeline.*StableDiffusionXLPipeline"):
+        load_diffusers(CLASSES, request(folder))
 
 
 def no_file(part: Path) -> None:

@@ -125,7 +125,7 @@ def test_a_call_that_holds_the_interpreter_for_ever_is_ended_by_force(make: Call
     kept = make()
     pid, recorder = kept.ready(), Recorder()
     held = kept.host.submit(kept.bench.order(job_id="held", crash_at_step=4, step_ms=20, crash="hold-gil"), recorder)
-    eventually(lambda: recorder.progress, RUN_TIMEOUT_S)
+    eventually(lambda: len(recorder.progress) == 3, RUN_TIMEOUT_S)
     kept.host.interrupt("held", InterruptReason.CANCEL)  # nobody there hears it, and nobody here waits
     assert not held.done()
 
@@ -217,7 +217,7 @@ def test_a_child_that_hears_nothing_does_not_keep_the_host_from_closing(make: Ca
     kept = make()
     pid, recorder = kept.ready(), Recorder()
     held = kept.host.submit(kept.bench.order(crash_at_step=4, step_ms=20, crash="hold-gil"), recorder)
-    eventually(lambda: recorder.progress, RUN_TIMEOUT_S)
+    eventually(lambda: len(recorder.progress) == 3, RUN_TIMEOUT_S)
     kept.host.close(0.2)
     assert held.result(RUN_TIMEOUT_S) == RunInterrupted(InterruptReason.GIVE_BACK)
     assert not psutil.pid_exists(pid)

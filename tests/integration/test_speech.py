@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from omnirt_tasks import ffmpeg
 from omnirt_tasks.audio import decode_mono
 from omnirt_tasks.contract import EventName, ExecutionMode, Inputs, JobRecord, JobState, Task
 from omnirt_tasks.errors import TooLarge, UnsupportedMediaType, ValidationFailed
@@ -222,6 +223,19 @@ def test_sound_of_any_rate_is_decoded_and_too_much_of_it_names_the_limit(tmp_pat
 
     with pytest.raises(TooLarge, match="longer than 2 s"):
         decode_mono(file, rate_hz=RATE_HZ, max_s=2)
+
+
+def test_sound_is_decoded_by_an_ffmpeg_that_is_only_on_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    (folder / "ffmpeg-of-the-host").symlink_to(ffmpeg.executable())
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "ffmpeg-of-the-host")
+    (tmp_path / "audio").write_bytes(wav(b"\0\0" * RATE_HZ))
+
+    assert len(decode_mono(tmp_path / "audio", rate_hz=RATE_HZ, max_s=2)) == pytest.approx(2 * RATE_HZ, rel=0.01)
 
 
 @pytest.mark.parametrize("playlist", ["#EXTM3U\n#EXTINF:1,\nother.wav\n", "ffconcat version 1.0\nfile other.wav\n"])

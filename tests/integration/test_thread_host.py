@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,17 @@ import pytest
 from PIL import Image
 
 from omnirt_tasks.contract import EventName
+from omnirt_tasks.registry import discover
+from omnirt_tasks.registry.footprint import GIB
 from tests.support.hosts import RUN_TIMEOUT_S, Bench, Loads, Recorder, sdxl_bench, stub_bench
 from tests.support.media import difference
 from tests.support.outcomes import failed, picture, succeeded
 from tests.support.tiny_models import save_tiny_sdxl
 from tests.support.waiting import eventually
-from workers.host import InterruptReason, RunInterrupted
+from workers.backends import MemoryInfo
+from workers.backends.stub import StubDriver
+from workers.host import InterruptReason, RunInterrupted, RunLost, RunOutcome
+from workers.thread_host import ThreadHost
 
 # The schedulers meet NumPy's newest wish in an old way of making arrays.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -259,6 +265,93 @@ def test_closing_gives_running_jobs_back_and_later_ones_too(bench: Bench) -> Non
     closer.join(RUN_TIMEOUT_S)
     assert future.result(RUN_TIMEOUT_S) == RunInterrupted(InterruptReason.GIVE_BACK)
     assert bench.run() == RunInterrupted(InterruptReason.GIVE_BACK)
+
+
+# A device that breaks
+
+
+class BreakingDriver(StubDriver):
+    """Takes the model's RuntimeError for the loss of the device, which from then on releases nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lost = False
+
+    def is_lost(self, error: BaseException) -> bool:
+        self.lost = self.lost or isinstance(error, RuntimeError)
+        return isinstance(error, RuntimeError)
+
+    def release(self) -> None:
+        assert not self.lost, "nothing can be asked of a lost device"
+
+
+@pytest.fixture
+def breaking(tmp_path: Path) -> Iterator[Bench]:
+    spec = discover().find("stub")
+    host = ThreadHost(backend=BreakingDriver(), models=[spec], folders={}, cache_size=2, concurrency=8)
+    yield Bench(host, spec.id, tmp_path)
+    host.close()
+
+
+def test_a_job_that_loses_the_device_fails_and_every_later_one_is_to_run_elsewhere(breaking: Bench) -> None:
+    succeeded(breaking.run())
+    assert breaking.host.health().ok
+    assert failed(breaking.run(fail_at_step=2)).error.code == "model_failed"
+    health = breaking.host.health()
+    assert (health.ok, health.detail) == (False, "the device is lost")
+    assert isinstance(breaking.run(), RunLost)
+    assert isinstance(breaking.run(fail_at_step=2), RunLost)
+
+
+def test_a_job_that_ran_when_the_device_was_lost_fails_through_no_fault_of_its_own(breaking: Bench) -> None:
+    running, lost = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        running.set()
+        assert lost.wait(RUN_TIMEOUT_S)
+
+    def waiting(**wishes: Any) -> "Future[RunOutcome]":
+        running.clear()
+        recorder = Recorder().on(EventName.STAGE_PROGRESS, wait)
+        future = breaking.host.submit(breaking.order(num_inference_steps=4, **wishes), recorder)
+        assert running.wait(RUN_TIMEOUT_S)
+        return future
+
+    fails, stopped, ends = waiting(fail_at_step=3), waiting(job_id="stopped"), waiting()
+    failed(breaking.run(fail_at_step=1))
+    breaking.host.interrupt("stopped", InterruptReason.CANCEL)
+    lost.set()
+    assert isinstance(fails.result(RUN_TIMEOUT_S), RunLost)
+    assert stopped.result(RUN_TIMEOUT_S) == RunInterrupted(InterruptReason.CANCEL)
+    succeeded(ends.result(RUN_TIMEOUT_S))
+
+
+class MeasuringDriver(StubDriver):
+    """Counts how often the peak was reset, and has a little memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.resets = 0
+
+    def reset_peak(self) -> None:
+        self.resets += 1
+
+    def memory(self) -> MemoryInfo | None:
+        return MemoryInfo(total_bytes=8 * GIB, free_bytes=1 * GIB)
+
+
+def test_the_peak_is_of_the_runs_that_were_there_together_and_a_lack_is_told_in_numbers(tmp_path: Path) -> None:
+    spec = discover().find("stub")
+    device = MeasuringDriver()
+    host = ThreadHost(backend=device, models=[spec], folders={}, cache_size=2, concurrency=8)
+    bench = Bench(host, spec.id, tmp_path)
+    beside = Recorder().on(EventName.STAGE_PROGRESS, lambda: succeeded(bench.run()))
+    succeeded(bench.run(recorder=beside))
+    assert device.resets == 1
+    told = failed(bench.run(num_images_per_prompt=3, oom_above_chunk=2)).error.message
+    assert device.resets == 2
+    assert "1.00 GiB of its 8.00 GiB are free" in told
+    host.close()
 
 
 # Faults: the stub has them on order; the real modules get them put in.

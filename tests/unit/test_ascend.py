@@ -146,8 +146,14 @@ def test_memory_is_told_and_given_back_by_the_device_itself(torch_npu: ModuleTyp
 
     assert npu.memory() == MemoryInfo(total_bytes=64 * GIB, free_bytes=40 * GIB)
     assert npu.peak_memory_bytes() == 3 * GIB
+    npu.reset_peak()
     npu.release()
-    assert torch_npu.asked == [("mem_get_info", "npu:1"), ("max_memory_allocated", "npu:1"), ("empty_cache", "")]
+    assert torch_npu.asked == [
+        ("mem_get_info", "npu:1"),
+        ("max_memory_allocated", "npu:1"),
+        ("reset_peak_memory_stats", "npu:1"),
+        ("empty_cache", ""),
+    ]
 
 
 def test_a_lack_of_memory_is_known_by_its_class_or_its_words() -> None:
@@ -155,6 +161,19 @@ def test_a_lack_of_memory_is_known_by_its_class_or_its_words() -> None:
 
     assert npu.is_out_of_memory(RuntimeError("NPU out of memory. Tried to allocate 2.00 GiB"))
     assert not npu.is_out_of_memory(RuntimeError("EE9999: Inner Error"))
+
+
+@pytest.mark.parametrize(
+    ("words", "lost"),
+    [
+        ("NPU function error: aclrtSynchronizeStream, error code is 507015", True),
+        ("ACL stream synchronize failed, error code:507035", True),
+        ("NPU function error: aclrtMalloc, error code is 207001", False),  # memory lacks
+        ("NPU function error: call aclnnAdd failed, error code is 161002", False),  # a wrong parameter
+    ],
+)
+def test_a_device_that_broke_off_is_lost(words: str, lost: bool) -> None:
+    assert driver("ascend").is_lost(RuntimeError(words)) is lost
 
 
 @pytest.mark.usefixtures("torch_npu")

@@ -87,6 +87,25 @@ def test_a_lack_that_the_libraries_beneath_torch_tell_in_words_is_one_too(words:
     assert driver("cuda").is_out_of_memory(RuntimeError(words))
 
 
+@pytest.mark.parametrize(
+    ("words", "lost"),
+    [
+        ("CUDA error: an illegal memory access was encountered", True),
+        ("CUDA error: device-side assert triggered", True),
+        ("CUDA error: out of memory", False),
+    ],
+)
+def test_a_gpu_is_lost_with_its_context_and_not_for_lack_of_memory(words: str, lost: bool) -> None:
+    import torch
+
+    assert driver("cuda").is_lost(torch.AcceleratorError(words)) is lost
+    assert driver("cuda").is_lost(RuntimeError(words)) is lost
+    assert not driver("cuda").is_lost(torch.OutOfMemoryError(words))
+    assert not driver("cuda").is_lost(RuntimeError("shapes differ"))
+    assert not driver("cpu").is_lost(RuntimeError(words))
+    assert not driver("cpu-stub").is_lost(RuntimeError(words))
+
+
 def test_a_backend_without_a_driver_is_named() -> None:
     with pytest.raises(ConfigurationError, match="'tpu'"):
         driver("tpu")

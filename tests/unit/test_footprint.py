@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from omnirt_tasks.contract import Inputs, ResolvedRequest, Task
 from omnirt_tasks.registry import discover
 from omnirt_tasks.registry.footprint import (
     GIB,
-    MIB,
     insufficient_memory,
+    nearest_dtype,
     run_working_bytes,
     weights_bytes,
     weights_bytes_by_dtype,
@@ -184,52 +185,134 @@ def test_a_folder_that_is_not_there_tells_nothing(tmp_path: Path) -> None:
     assert weights_bytes_by_dtype(tmp_path / "nowhere", ("fp32",)) == {}
 
 
+@dataclass(frozen=True)
+class Decoder:
+    """A byte for each pixel, and nothing special."""
+
+    working_bytes_per_pixel: int = 1
+    working_bytes_per_film_pixel: int | None = None
+    working_bytes_per_frame_pixel: int = 0
+    working_dtype: str | None = None
+    tile_px: int | None = None
+
+
+PLAIN = Decoder()
+TILED = Decoder(tile_px=60)
+IN_FP32 = Decoder(working_dtype="fp32")
+FILM = Decoder(working_bytes_per_pixel=100, working_bytes_per_film_pixel=250, working_bytes_per_frame_pixel=2)
+
+
 @pytest.mark.parametrize(
-    ("config", "num_frames", "expected"),
+    ("decoder", "config", "num_frames", "expected"),
     [
-        ({"width": 100, "height": 50}, None, 5_000),
-        ({"width": 100, "height": 50, "num_images_per_prompt": 3}, None, 15_000),
-        ({"width": 100, "height": 50}, 81, 405_000),
-        ({"width": 100, "height": 50, "dtype": "fp32"}, None, 10_000),
-        ({"width": 100, "height": 50, "dtype": "bf16"}, None, 5_000),
-        ({"width": 100, "height": 50, "num_images_per_prompt": 3, "vae_slicing": True}, None, 5_000),
-        ({"width": 100, "height": 50, "vae_tiling": True}, 81, 5_000),
-        ({"width": 100, "height": 50, "num_images_per_prompt": 3, "vae_slicing": False}, None, 15_000),
-        ({}, None, 0),
+        (PLAIN, {}, None, 5_000),
+        (PLAIN, {"num_images_per_prompt": 3}, None, 15_000),
+        (PLAIN, {}, 81, 405_000),
+        (PLAIN, {"width": None}, None, 0),
+        # The dtype
+        (PLAIN, {"dtype": "fp32"}, None, 10_000),
+        (PLAIN, {"dtype": "bf16"}, None, 5_000),
+        (IN_FP32, {"dtype": "fp32"}, None, 5_000),
+        (IN_FP32, {"dtype": "fp16"}, None, 5_000),
+        # Slices are whole pictures, one at a time; tiles are of all pictures at once
+        (PLAIN, {"num_images_per_prompt": 3, "vae_slicing": True}, None, 5_000),
+        (PLAIN, {"num_images_per_prompt": 3, "vae_slicing": False}, None, 15_000),
+        (TILED, {}, None, 5_000),
+        (TILED, {"vae_tiling": True}, None, 60 * 50),
+        (TILED, {"vae_tiling": True, "num_images_per_prompt": 3}, None, 3 * 60 * 50),
+        (TILED, {"vae_tiling": True, "num_images_per_prompt": 3, "vae_slicing": True}, None, 60 * 50),
+        (TILED, {"vae_tiling": True, "width": 600, "height": 500}, None, 60 * 60),
+        (PLAIN, {"vae_tiling": True}, None, 5_000),  # how large its tiles are is not known
+        # A film
+        (FILM, {}, None, 102 * 5_000),
+        (FILM, {}, 2, 204 * 5_000),
+        (FILM, {}, 9, (250 + 18) * 5_000),
+        (FILM, {"dtype": "fp32"}, 9, 2 * (250 + 18) * 5_000),
+        (replace(FILM, tile_px=60), {"vae_tiling": True}, 9, 250 * 3_000 + 18 * 5_000),  # what is done stays whole
     ],
 )
 def test_working_memory_goes_with_the_pixels_decoded_at_once(
-    config: dict[str, Any], num_frames: int | None, expected: int
+    decoder: Decoder, config: dict[str, Any], num_frames: int | None, expected: int
 ) -> None:
-    assert working_bytes(1, config, num_frames, "fp16") == expected
+    assert working_bytes(decoder, {"width": 100, "height": 50, **config}, num_frames, "fp16") == expected
 
 
-def request(**config: Any) -> ResolvedRequest:
+@pytest.mark.parametrize(("frames", "measured"), [(1, 3_494), (5, 9_226), (9, 9_851), (81, 12_900)])
+def test_a_film_is_counted_as_it_was_measured(frames: int, measured: int) -> None:
+    wan = discover().find("wan2.1-t2v-14b")
+
+    counted = working_bytes(wan, {"width": 1, "height": 1}, frames, "bf16")
+
+    assert measured <= counted <= 1.06 * measured
+
+
+def request(num_frames: int | None = None, **config: Any) -> ResolvedRequest:
     return ResolvedRequest(
-        task=Task.TEXT2IMAGE, model="sdxl-base-1.0", backend="cuda", inputs=Inputs(prompt="a"), config=config
+        task=Task.TEXT2IMAGE,
+        model="sdxl-base-1.0",
+        backend="cuda",
+        inputs=Inputs(prompt="a", num_frames=num_frames),
+        config=config,
     )
 
 
-def test_a_models_working_memory_holds_for_its_default_dtype() -> None:
-    spec = discover().find("sdxl-base-1.0")
-    dtype = spec.tasks[Task.TEXT2IMAGE].options["dtype"].default
-    assert dtype == "fp16"
+@pytest.mark.parametrize(
+    ("model", "in_fp32"), [("sdxl-base-1.0", 1), ("sdxl-turbo", 1), ("sd15", 2), ("sd3-medium", 2)]
+)
+def test_only_a_decoder_that_follows_the_jobs_dtype_takes_twice_as_much_in_fp32(model: str, in_fp32: int) -> None:
+    spec = discover().find(model)
+    task = spec.tasks[Task.TEXT2IMAGE]
+    assert task.options["dtype"].default == "fp16"
     per_pixel = spec.working_bytes_per_pixel
-    assert run_working_bytes(spec, request(width=64, height=64, dtype="fp16")) == per_pixel * 64 * 64
-    assert run_working_bytes(spec, request(width=64, height=64, dtype="fp32")) == per_pixel * 64 * 64 * 2
+    for dtype, times in (("fp16", 1), ("fp32", in_fp32)):
+        taken = run_working_bytes(spec, task, request(width=64, height=64, dtype=dtype))
+        assert taken == times * per_pixel * 64 * 64
+
+
+def test_every_model_that_offers_tiles_says_how_large_they_are() -> None:
+    for spec in discover():
+        if any("vae_tiling" in task.options for task in spec.tasks.values()):
+            assert spec.tile_px, spec.id
 
 
 @pytest.mark.parametrize(
-    ("weights", "working", "remedy"), [(5 * GIB, MIB, "smaller model"), (2 * GIB, 3 * GIB, "smaller pictures")]
+    ("wished", "possible", "nearest"),
+    [("fp16", ("fp32", "fp16"), "fp16"), ("bf16", ("fp16", "fp32"), "fp32"), ("fp16", ("bf16",), "bf16")],
 )
-def test_the_refusal_names_what_is_needed_what_is_there_and_what_to_change(
-    weights: int, working: int, remedy: str
+def test_a_dtype_that_is_not_there_becomes_fp32_or_what_there_is(
+    wished: str, possible: tuple[str, ...], nearest: str
 ) -> None:
-    error = insufficient_memory(weights, working, 4 * GIB)
-    assert "5.00 GiB" in error.message
+    assert nearest_dtype(wished, possible) == nearest
+
+
+SPARING: dict[str, Any] = {"vae_slicing": True, "vae_tiling": True, "dtype": "fp16"}
+LAVISH: dict[str, Any] = {"vae_slicing": False, "vae_tiling": False, "dtype": "fp32"}
+
+
+@pytest.mark.parametrize(
+    ("weights", "wish", "hint"),
+    [
+        (5, request(width=64, **SPARING), "a smaller model, or a device with more memory"),
+        (5, request(width=64, **LAVISH), "a dtype of fewer bytes (fp16, bf16), a smaller model, or a device"),
+        (2, request(width=64, num_images_per_prompt=2, **SPARING), "smaller pictures, fewer pictures, a smaller model"),
+        (
+            2,
+            request(width=64, num_images_per_prompt=2, **LAVISH),
+            "smaller pictures, fewer pictures, vae_slicing, vae_tiling if they are large, a dtype of fewer bytes",
+        ),
+        (2, request(width=64, num_images_per_prompt=1, vae_slicing=False), "smaller pictures, a smaller model"),
+        (2, request(num_frames=9, width=64, **SPARING), "smaller or fewer frames, a smaller model"),
+        (2, None, "a smaller model, or a device with more memory"),
+    ],
+)
+def test_the_refusal_names_what_is_needed_what_is_there_and_what_is_not_yet_done_about_it(
+    weights: int, wish: ResolvedRequest | None, hint: str
+) -> None:
+    error = insufficient_memory(weights * GIB, 3 * GIB, 4 * GIB, wish)
+    assert f"{weights + 3}.00 GiB" in error.message
     assert "4.00 GiB are available" in error.message
     assert error.hint is not None
-    assert remedy in error.hint
+    assert error.hint.startswith(f"Ask for {hint}")
 
 
 def test_work_is_counted_in_megapixels_denoised_by_a_step() -> None:

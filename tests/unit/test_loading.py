@@ -8,6 +8,7 @@ import pytest
 
 from omnirt_tasks.errors import ModelFailed
 from omnirt_tasks.registry import ModelSpec, discover
+from omnirt_tasks.registry.spec import Option, OptionKind
 from workers.backends import DeviceInfo
 from workers.loading import ModelKey, Shelf
 
@@ -67,6 +68,22 @@ def test_a_model_is_loaded_first_in_its_own_dtype_or_in_one_that_the_device_can_
     for dtypes, loaded_in in ((("fp32", "fp16"), "fp16"), (("fp32", "bf16"), "fp32"), (("bf16",), "bf16")):
         shelf = Shelf([spec], {spec.id: tmp_path}, dataclasses.replace(DEVICE, dtypes=dtypes), "cpu")
         assert shelf.default_request(spec).dtype == loaded_in
+
+
+def test_a_model_is_loaded_first_as_a_job_without_wishes_has_it() -> None:
+    stub = discover().find("stub")
+    task, its = next(iter(stub.tasks.items()))
+    option = Option("devices", OptionKind.INTEGER, 2, "Devices.")
+    compiled = Option("compile", OptionKind.BOOLEAN, True, "Compile.")
+    own = dataclasses.replace(its, options={**its.options, "devices": option, "compile": compiled})
+    spec = dataclasses.replace(stub, tasks={task: own})
+    shelf = Shelf([spec], {}, DEVICE, "cpu")
+    defaults: dict[str, Any] = {name: option.default for name, option in own.options.items()}
+
+    first = shelf.default_request(spec)
+
+    assert (first.devices, first.compile) == (2, True)
+    assert shelf.key(spec, first) == shelf.key(spec, shelf.load_request(spec, defaults))
 
 
 def test_a_dtype_that_the_device_cannot_do_is_refused_with_those_that_it_can(spec: ModelSpec, tmp_path: Path) -> None:

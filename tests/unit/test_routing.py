@@ -1,7 +1,7 @@
 """Where a request goes, and what is refused from the workers' records alone, as tables."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -87,11 +87,13 @@ def ability(
     seconds: float | None = None,
     tasks: Sequence[Task] = (Task.TEXT2IMAGE,),
     limits: Mapping[str, float] | None = None,
+    options: Iterable[str] = (),
 ) -> ModelAbility:
     return ModelAbility(
         limits={Task.TEXT2IMAGE.value: dict(limits or {})},
         tasks=tuple(tasks),
         execution_mode=ExecutionMode.LEGACY_CALL,
+        options=tuple(options),
         weights_bytes=dict(weights_bytes or {}),
         working_bytes_per_pixel=per_pixel_bytes,
         seconds_per_unit=seconds,
@@ -405,6 +407,65 @@ def test_what_a_live_worker_lacks_says_nothing_where_none_lives() -> None:
     chosen = route(request(SDXL.id, dtype="fp16", compile=True, **SIZE), SDXL, [])
 
     assert (chosen.queue, chosen.workers) == ("cuda-sdxl", 0)
+
+
+@pytest.mark.parametrize(
+    ("fleet", "queue"),
+    [
+        ([CUDA, worker("cuda-shapes", "other"), CPU], "cpu-shapes"),  # any of the queue may take the job
+        ([CUDA, worker("cuda-shapes", "other", device="cuda:1")], "cuda-shapes"),  # better than to refuse
+        ([worker("cuda-shapes", "other"), CPU], "cpu-shapes"),
+    ],
+)
+def test_a_worker_of_the_queue_without_the_model_is_one_that_cannot(fleet: list[WorkerCapability], queue: str) -> None:
+    waiting = {queue: 1_000}
+
+    assert route(request(), find("shapes", Backend.CUDA, Backend.CPU), fleet, waiting).queue == queue
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu:0"])
+def test_where_only_workers_without_the_model_live_it_is_refused_with_what_to_do(device: str) -> None:
+    error = refusal(request(device=device), SHAPES, [worker("cpu-shapes", "other")])
+
+    assert [(problem.loc, problem.rule) for problem in error.details] == [("model", "served")]
+    assert "cpu:0" in error.details[0].message
+    assert "Choose another model" in error.details[0].message
+
+
+def test_a_worker_without_the_model_is_farther_than_one_that_lacks_memory_for_it() -> None:
+    without = worker("cpu-sdxl", "other")
+
+    error = refusal(request(SDXL.id, dtype="fp16", compile=True, **SIZE), SDXL, [without, sdxl_worker(8)])
+
+    assert {problem.loc for problem in error.details} == {"config.compile", "config"}
+
+
+def test_a_worker_without_the_model_has_no_say_in_what_the_others_compute_in() -> None:
+    other = worker("cuda-sdxl", "other", device="cuda:1", dtypes=("fp32",))
+
+    assert route(request(SDXL.id, dtype="fp16", **SIZE), SDXL, [sdxl_worker(80), other]).dtypes == ("fp32", "fp16")
+
+
+@pytest.mark.parametrize(
+    ("config", "refused"),
+    [
+        ({"vae_slicing": True}, ["config.vae_slicing"]),
+        ({"vae_slicing": False}, []),  # what it does anyway
+        ({"num_inference_steps": 7}, []),
+        ({"vae_slicing": True, "scheduler": "ddim"}, ["config.vae_slicing", "config.scheduler"]),
+    ],
+)
+def test_an_option_that_a_worker_does_not_know_goes_elsewhere_or_is_refused(
+    config: dict[str, Any], refused: list[str]
+) -> None:
+    older = worker("cpu-shapes", "shapes", ability=ability(options=["num_inference_steps"]))
+    newer = worker("cuda-shapes", "shapes", ability=ability(options=SHAPES.tasks[Task.TEXT2IMAGE].options))
+
+    outlook = judge(request(**config), SHAPES, [older])
+
+    assert [finding.problem.loc for finding in outlook.findings] == refused
+    assert {finding.problem.rule for finding in outlook.findings} <= {"supported"}
+    assert route(request(**config), SHAPES, [older, newer]).queue == ("cuda-shapes" if refused else "cpu-shapes")
 
 
 # A named device

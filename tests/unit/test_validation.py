@@ -108,6 +108,8 @@ def with_inputs(base: dict[str, Any] = PICTURE, **inputs: Any) -> dict[str, Any]
         (with_config(scheduler="magic"), "config.scheduler", "choice"),
         (with_config(dtype="int8"), "config.dtype", "choice"),
         (with_config(with_inputs(image="upload:1"), strength=1.5), "config.strength", "maximum"),
+        (with_config(with_inputs(image="upload:1"), strength=0), "config.strength", "minimum"),
+        (with_config(with_inputs(image="upload:1"), num_inference_steps=1), "config.strength", "minimum"),
         ({**GOOD, "inputs": {}}, "inputs.prompt", "required"),
         ({**GOOD, "inputs": {"prompt": "  "}}, "inputs.prompt", "min_length"),
         ({**GOOD, "inputs": {"prompt": "x" * 8_001}}, "inputs.prompt", "max_length"),
@@ -178,6 +180,29 @@ def test_a_message_names_value_rule_and_remedy() -> None:
     (problem,) = failure_of(with_config(width=513)).details
 
     assert problem.message == "513 is not a multiple of 8; use 512 or 520."
+
+
+def test_a_strength_that_leaves_no_step_is_told_the_least_that_does() -> None:
+    asked = with_inputs(image="upload:1")
+
+    (problem,) = failure_of(with_config(asked, strength=0.05, num_inference_steps=12)).details
+
+    assert problem.message == "0.05 leaves none of 12 steps to run; use at least 0.084, or more steps."
+    assert config_of(asked, strength=0.084, num_inference_steps=12)["strength"] == 0.084
+
+
+@given(st.integers(1, 150), st.floats(0, 1))
+def test_the_least_strength_that_is_told_is_enough(steps: int, strength: float) -> None:
+    asked = with_inputs(image="upload:1")
+    body = with_config(asked, strength=strength, num_inference_steps=steps)
+    if steps * strength >= 1:
+        resolved(body)
+        return
+
+    (problem,) = failure_of(body).details
+
+    least = problem.message.partition("at least ")[2].partition(",")[0]
+    resolved(with_config(asked, strength=float(least), num_inference_steps=steps))
 
 
 @pytest.mark.parametrize(

@@ -73,11 +73,22 @@ class BackendDriver(Protocol):
         ...
 
     def peak_memory_bytes(self) -> int | None:
-        """The most memory that this process has held; None where it cannot be told."""
+        """The most memory that this process has held since `reset_peak`; None where it cannot be told.
+
+        Ever, where the system keeps no other count.
+        """
+        ...
+
+    def reset_peak(self) -> None:
+        """Count the most memory from now on. For a process that holds the device."""
         ...
 
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether the error says that memory was too small."""
+        ...
+
+    def is_lost(self, error: BaseException) -> bool:
+        """Whether the error says that this process can no longer use the device: only another process can."""
         ...
 
     def release(self) -> None:

@@ -3,12 +3,16 @@
 import gc
 import importlib.util
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from omnirt_tasks.errors import ConfigurationError
 from workers.backends import DeviceInfo, MemoryInfo, import_no_extensions
+
+# The codes of CANN's runtime for a device that broke off, such as 507015 for an exception in a core.
+_LOST = re.compile(r"error code(?: is |: ?)507\d{3}\b")
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +64,9 @@ class AscendDriver:
     def peak_memory_bytes(self) -> int | None:
         return int(_npu().max_memory_allocated(self.torch_device))
 
+    def reset_peak(self) -> None:
+        _npu().reset_peak_memory_stats(self.torch_device)
+
     def is_out_of_memory(self, error: BaseException) -> bool:
         import torch
 
@@ -67,6 +74,9 @@ class AscendDriver:
             # What CANN itself lacks comes without a class of its own.
             isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
         )
+
+    def is_lost(self, error: BaseException) -> bool:
+        return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
 
     def release(self) -> None:
         gc.collect()  # a wrapped module is part of a cycle

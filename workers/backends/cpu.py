@@ -68,11 +68,19 @@ class CpuDriver:
     def peak_memory_bytes(self) -> int | None:
         return process_peak_bytes()
 
+    def reset_peak(self) -> None:
+        """Nothing: the system counts from the start of the process."""
+
     def is_out_of_memory(self, error: BaseException) -> bool:
         return isinstance(error, MemoryError) or (
             # torch has no class for it on the CPU; both allocators write this.
             isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
         )
+
+    def is_lost(self, error: BaseException) -> bool:
+        """Never: what breaks here breaks its own call alone."""
+        del error
+        return False
 
     def release(self) -> None:
         gc.collect()  # a wrapped module is part of a cycle

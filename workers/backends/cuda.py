@@ -9,6 +9,12 @@ from workers.backends import COMPILE, DeviceInfo, MemoryInfo, import_no_extensio
 
 LACK_IN_WORDS = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
+LOSS_IN_WORDS = (
+    "CUDA error: an illegal memory access",
+    "CUDA error: device-side assert",
+    "CUDA error: unspecified launch failure",
+)
+
 
 class CudaDriver:
     """One GPU."""
@@ -60,12 +66,28 @@ class CudaDriver:
 
         return int(torch.cuda.max_memory_allocated(self.torch_device))
 
+    def reset_peak(self) -> None:
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
+
     def is_out_of_memory(self, error: BaseException) -> bool:
         import torch
 
         return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
             # Only torch's own allocator has a class for it; the libraries beneath say it in words.
             isinstance(error, RuntimeError) and any(words in str(error) for words in LACK_IN_WORDS)
+        )
+
+    def is_lost(self, error: BaseException) -> bool:
+        import torch
+
+        if self.is_out_of_memory(error):
+            return False
+        # What CUDA itself tells mostly stays with the context: every later call fails with it.
+        return isinstance(error, torch.AcceleratorError) or (
+            # Libraries that call it by themselves raise it without the class.
+            isinstance(error, RuntimeError) and any(words in str(error) for words in LOSS_IN_WORDS)
         )
 
     def release(self) -> None:

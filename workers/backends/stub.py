@@ -33,8 +33,16 @@ class StubDriver:
     def peak_memory_bytes(self) -> int | None:
         return process_peak_bytes()
 
+    def reset_peak(self) -> None:
+        """Nothing: the system counts from the start of the process."""
+
     def is_out_of_memory(self, error: BaseException) -> bool:
         return isinstance(error, MemoryError)
+
+    def is_lost(self, error: BaseException) -> bool:
+        """Never: what breaks here breaks its own call alone."""
+        del error
+        return False
 
     def release(self) -> None:
         """Nothing is held."""

@@ -6,19 +6,18 @@ run  ─► own scheduler, VAE, generators, lent tokenizers ─► the pipeline 
 
 import copy
 import logging
-import math
 import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from PIL import Image, ImageOps
 
 from omnirt_tasks.contract import Task
 from omnirt_tasks.contract.base import JsonObject
-from omnirt_tasks.errors import ModelFailed
 from omnirt_tasks.registry import DiffusersModel, LoadRequest, ModelSpec
 from workers.context import JobContext, current_job
 from workers.executors import LoadedModel
@@ -44,9 +43,11 @@ LENT_COMPONENTS = ("tokenizer", "feature_extractor", "processor")
 NO_NEGATIVE_PROMPT = " "
 # Tasks whose input pictures are one for each picture that is made.
 CHANGES_PICTURES = frozenset({Task.IMAGE2IMAGE, Task.INPAINT})
-
-
-# How soon a job that waits for another model's load hears that it is to stop.
+# The input pictures: the request's name, the pipelines' name, and the mode that these want.
+PICTURE_INPUTS = (("image", "image", "RGB"), ("mask", "mask_image", "L"))
+# What an upload may be; Pillow knows many more.
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")
+# How soon a job that waits for another model's load hears that it is to stop; nobody can wake who waits for a lock.
 LISTEN_EVERY_S = 0.1
 
 
@@ -58,8 +59,8 @@ class Lender:
     """
 
     def __init__(self, originals: Mapping[str, Any]) -> None:
-        self._originals = dict(originals)
-        self._free = [self._originals]  # append and pop are atomic
+        self._first = dict(originals)  # lent like any other
+        self._free = [self._first]  # append and pop are atomic
 
     @contextmanager
     def lent(self) -> Iterator[Mapping[str, Any]]:
@@ -67,7 +68,7 @@ class Lender:
         try:
             own = self._free.pop()
         except IndexError:
-            own = copy.deepcopy(self._originals)
+            own = copy.deepcopy(self._first)
         try:
             yield own
         finally:
@@ -80,7 +81,7 @@ class DiffusersExecutor(ABC, Generic[S]):
     S is what a mode keeps of a loaded model for all jobs; nobody changes it.
     """
 
-    # One for the process: the libraries' loaders swap functions and the default dtype of all of it meanwhile.
+    # One for the process: the libraries' loaders swap functions of all of it meanwhile, as `own_default_dtype` does.
     _loading: ClassVar[threading.Lock] = threading.Lock()
 
     def load(self, spec: ModelSpec, request: LoadRequest) -> LoadedModel:
@@ -103,7 +104,7 @@ class DiffusersExecutor(ABC, Generic[S]):
             )
 
     def run(self, model: LoadedModel, order: RunOrder, job: JobContext) -> tuple[OutputFile, ...]:
-        """Raises NonFiniteOutput rather than give a picture made from NaN; ModelFailed for a run without a step."""
+        """Raises NonFiniteOutput rather than give a picture made from NaN."""
         job.stage("encode_prompt")
         numbers = self._call(model.content, order, job)
         job.check()
@@ -112,7 +113,7 @@ class DiffusersExecutor(ABC, Generic[S]):
 
     @contextmanager
     def _turn_to_load(self) -> Iterator[None]:
-        """Wait for other loads to end, hearing a job that is to stop meanwhile. Raises Interrupted."""
+        """Wait for other loads to end, alone from then on. Raises Interrupted when the job is to stop meanwhile."""
         job = current_job()
         while not self._loading.acquire(timeout=LISTEN_EVERY_S):
             if job is not None:
@@ -165,8 +166,6 @@ def call_arguments(accepted: Collection[str], order: RunOrder) -> dict[str, Any]
         # One for each picture to be made: from a single one, pipelines draw what all its pictures begin with from the
         # first seed.
         given[name] = [picture] * count if count > 1 and request.task in CHANGES_PICTURES else picture
-    if "image" in given and "strength" in config:
-        _require_a_step(config)
     return {name: value for name, value in given.items() if name in accepted and value is not None}
 
 
@@ -184,7 +183,7 @@ def _set_up_libraries() -> None:
     modular pipelines write out in full besides.
     """
     # Read when diffusers is imported, here if not before.
-    os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "true")
+    os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "true"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers.utils import logging as transformers_logging
 
@@ -204,19 +203,22 @@ def _generators(order: RunOrder, count: int) -> "list[torch.Generator]":
 
 
 def _pictures_given(order: RunOrder, *, resize: bool) -> dict[str, Image.Image]:
-    """The input pictures as the pipelines name them, cropped to the size asked for."""
+    """The input pictures as the pipelines name them, cropped to the size asked for; a mask lies on its picture."""
+    given = {
+        argument: _opened(order.files[name], mode) for name, argument, mode in PICTURE_INPUTS if name in order.files
+    }
+    if "image" in given and "mask_image" in given:
+        # Before the crop, which would else take another part of each.
+        given["mask_image"] = _resized(given["mask_image"], given["image"].size)
     width, height = order.request.config.get("width"), order.request.config.get("height")
-    size = (width, height) if isinstance(width, int) and isinstance(height, int) and resize else None
-    given = {}
-    for input_name, argument, mode in (("image", "image", "RGB"), ("mask", "mask_image", "L")):
-        if (path := order.files.get(input_name)) is None:
-            continue
-        with Image.open(path) as stored:
-            picture = _in_bytes(ImageOps.exif_transpose(stored)).convert(mode)
-        if size is not None and picture.size != size:
-            picture = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
-        given[argument] = picture
-    return given
+    if not (resize and isinstance(width, int) and isinstance(height, int)):
+        return given
+    return {name: _cropped(picture, (width, height)) for name, picture in given.items()}
+
+
+def _opened(path: Path, mode: str) -> Image.Image:
+    with Image.open(path, formats=PICTURE_FORMATS) as stored:
+        return _in_bytes(ImageOps.exif_transpose(stored)).convert(mode)
 
 
 def _in_bytes(picture: Image.Image) -> Image.Image:
@@ -226,13 +228,12 @@ def _in_bytes(picture: Image.Image) -> Image.Image:
     return picture.convert("I").point(lambda value: value * (1 / 256)).convert("L")
 
 
-def _require_a_step(config: Mapping[str, Any]) -> None:
-    steps, strength = config.get("num_inference_steps"), config["strength"]
-    if isinstance(steps, int) and int(steps * strength) < 1:
-        raise ModelFailed(
-            f"strength {strength} of {steps} steps leaves no step to run.",
-            f"Ask for a strength of at least {math.ceil(1000 / steps) / 1000}, or for more steps.",
-        )
+def _resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def _cropped(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return picture if picture.size == size else ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
 
 
 def _scheduler(class_name: str, native: Any) -> Any:
@@ -249,7 +250,7 @@ def _save(numbers: Any, order: RunOrder, job: JobContext) -> tuple[OutputFile, .
 
     tensor = numbers if isinstance(numbers, torch.Tensor) else torch.stack(list(numbers))
     require_finite(tensor)
-    pixels = tensor.detach().float().cpu().clamp(0, 1).mul(255).round().to(torch.uint8).movedim(-3, -1).numpy()
+    pixels = tensor.detach().cpu().float().clamp(0, 1).mul(255).round().to(torch.uint8).movedim(-3, -1).numpy()
     if pixels.ndim == 5:
         return tuple(save_video(frames, index, order, job) for index, frames in enumerate(pixels))
     pictures = [Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture) for picture in pixels]

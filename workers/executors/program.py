@@ -7,7 +7,6 @@ The device is the job's alone meanwhile. Whatever ends the run ends the whole pr
 
 import logging
 import os
-import re
 import shutil
 import tempfile
 import threading
@@ -27,7 +26,8 @@ log = logging.getLogger(__name__)
 TOLD_BYTES_MAX = 1024 * 1024
 """What a program may write to its terminal in one run."""
 WAV = "audio/wav"
-_WORD = re.compile(r"\w{4,}")
+FRAGMENT_CHARS = 4
+"""A line that shares as many characters in a row with the prompt may repeat it, in any language."""
 
 
 class ProgramExecutor:
@@ -119,7 +119,7 @@ class _Told:
         self.flooded = False
         self._name = name
         self._job_id = order.job_id
-        self._private = _words(order.request.inputs.prompt or "")
+        self._private = _fragments(order.request.inputs.prompt or "")
         self._too_much = too_much
         self._bytes = 0
 
@@ -131,14 +131,15 @@ class _Told:
             self.flooded = True
             self._too_much()
             return
-        shown = line if self._private.isdisjoint(_words(line)) else "(a line that may repeat the prompt)"
+        shown = line if self._private.isdisjoint(_fragments(line)) else "(a line that may repeat the prompt)"
         if shown.strip():
             self.last_line = shown
             log.debug("%s: %s", self._name, shown, extra={"job_id": self._job_id})
 
 
-def _words(text: str) -> frozenset[str]:
-    return frozenset(_WORD.findall(text.casefold()))
+def _fragments(text: str) -> frozenset[str]:
+    flat = "".join(text.casefold().split())
+    return frozenset(flat[i : i + FRAGMENT_CHARS] for i in range(max(len(flat) - FRAGMENT_CHARS + 1, 1)))
 
 
 def _exported(program: Program, name: str, output: Path, order: RunOrder) -> OutputFile:

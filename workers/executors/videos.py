@@ -1,11 +1,12 @@
-"""Writes the frames of a video as MP4, through the ffmpeg that imageio-ffmpeg brings. No torch."""
+"""Writes the frames of a video as MP4, through ffmpeg. No torch."""
 
 import logging
 import subprocess
 from typing import TYPE_CHECKING, Any
 
+from omnirt_tasks import ffmpeg
 from omnirt_tasks.contract import ArtifactKind
-from omnirt_tasks.errors import ConfigurationError, ModelFailed, StorageError
+from omnirt_tasks.errors import ModelFailed, StorageError
 from workers.context import JobContext
 from workers.executors.pictures import picture_seed
 from workers.host import OutputFile, RunOrder
@@ -37,7 +38,7 @@ def save_video(frames: "np.ndarray[Any, Any]", index: int, order: RunOrder, job:
     # What decodes everywhere: colours at half size, and the index ahead of the pictures.
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "pipe:0"]
     target = ["-an", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-movflags", "+faststart", str(order.output_dir / name)]
-    _encode([_ffmpeg(), "-loglevel", "error", "-y", *source, *target], frames, job)
+    _encode([ffmpeg.executable(), "-loglevel", "error", "-y", *source, *target], frames, job)
     return OutputFile(
         name=name,
         index=index,
@@ -62,13 +63,3 @@ def _encode(command: list[str], frames: "np.ndarray[Any, Any]", job: JobContext)
     if process.returncode:
         log.error("ffmpeg failed", extra={"ffmpeg": told.decode(errors="replace")[-TOLD_CHARS_MAX:]})
         raise StorageError("The video could not be written.", "The worker's disk may be full; its log says more.")
-
-
-def _ffmpeg() -> str:
-    import imageio_ffmpeg
-
-    try:
-        path: str = imageio_ffmpeg.get_ffmpeg_exe()
-    except RuntimeError as error:
-        raise ConfigurationError("This worker has no ffmpeg.", "Install ffmpeg on its host.") from error
-    return path

@@ -32,6 +32,7 @@ npu = SimpleNamespace(
     empty_cache=lambda: asked.append(("empty_cache", "")),
     mem_get_info=_mem_get_info,
     max_memory_allocated=_max_memory_allocated,
+    reset_peak_memory_stats=lambda device: asked.append(("reset_peak_memory_stats", device)),
 )
 
 
