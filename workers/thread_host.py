@@ -8,14 +8,14 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Self
 
-from omnirt_tasks.contract import ErrorInfo
-from omnirt_tasks.errors import ConfigurationError, Internal, ModelFailed, OmnirtError, OutOfMemory
+from omnirt_tasks.contract import ErrorInfo, ExecutionMode
+from omnirt_tasks.errors import ConfigurationError, Internal, ModelFailed, OmnirtError, OutOfMemory, WorkerLost
 from omnirt_tasks.observability.logs import bound
 from omnirt_tasks.registry import LoadRequest, ModelSpec, discover
 from omnirt_tasks.registry.footprint import in_words, run_working_bytes
@@ -244,6 +244,8 @@ class ThreadHost:
                 return self._succeeded(job)
         except Interrupted as interrupted:
             return RunInterrupted(interrupted.reason)
+        except WorkerLost as lost:  # a process that the model lives in: as if it were this one
+            return RunLost(str(lost))
         except BaseException as error:  # whatever a model raises is the job's alone
             if self._lost_before(error):
                 log.warning("run failed on a device that was lost before", extra={"attempt": job.order.attempt})
@@ -333,6 +335,8 @@ class ThreadHost:
         self, spec: ModelSpec, request: LoadRequest, job: JobContext | None = None
     ) -> AbstractContextManager[tuple[LoadedModel, bool]]:
         """The model and whether it was loaded before, kept with what the job needs beside it; None is no job."""
+        if spec.execution_mode is ExecutionMode.SUBPROCESS:  # a program keeps nothing, and takes no model's place
+            return nullcontext((self._load(spec, request), False))
         key, load = self._shelf.key(spec, request), partial(self._load, spec, request)
         estimate_bytes = self._shelf.estimate_bytes(spec, request.dtype)
         if job is None:

@@ -15,8 +15,9 @@ CAUSAL_PICTURE_BYTES_PER_PIXEL = 3476
 # The same on a film, in hand while a group of four frames is made: what it keeps does not grow with the film.
 CAUSAL_FILM_BYTES_PER_PIXEL = 9500
 
-# And what the film does grow with: the frames that are done, and their copy while the next are put to them. Measured
-# in bf16, in all: 3494 bytes for each pixel of one frame, 9226 of five, 9851 of nine, some 12,900 of 81.
+# And for each frame, since those that are done are kept, and copied when the next are put to them. Both are fitted to
+# what was measured in bf16: in all 3494 bytes for each pixel of one frame, 9226 of five, 9851 of nine, some 12,900 of
+# 81.
 CAUSAL_FRAME_BYTES_PER_PIXEL = 43
 
 # Tiles are as large as the pictures that a decoder was trained on; the causal ones have tiles of their own.

@@ -249,6 +249,25 @@ def test_a_loader_that_fails_fails_its_job_alone_and_its_memory_is_given_back(
     assert bench.host.capability().loaded == ()
 
 
+class LossyDriver(CpuDriver):
+    """Loses the device with any ConnectionError."""
+
+    def is_lost(self, error: BaseException) -> bool:
+        return isinstance(error, ConnectionError)
+
+
+def test_a_device_that_is_lost_in_a_load_is_known_though_another_error_tells_of_it(
+    make_bench: MakeBench, weights: Path
+) -> None:
+    bench = make_bench({BASE: weights}, loader=lose, backend=LossyDriver(torch_threads=1))
+    failed(bench.run(), "model_failed")
+    assert not bench.host.health().ok
+
+
+def lose(spec: ModelSpec, request: LoadRequest) -> DiffusersModel:
+    raise ModelFailed("It did not load.", "Try again.") from ConnectionError("the device is gone")
+
+
 def burst(spec: ModelSpec, request: LoadRequest) -> DiffusersModel:
     raise RuntimeError("no such class")
 

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ from workers.device import DeviceThread
 from workers.executors import LoadedModel, executor_for
 from workers.executors import rank_group as rank_group_module
 from workers.executors.rank_group import RankGroupExecutor
-from workers.host import InterruptReason, OutputFile, RunOrder, RunSucceeded
+from workers.host import InterruptReason, OutputFile, RunLost, RunOrder, RunOutcome, RunSucceeded
 from workers.thread_host import ThreadHost
 
 TIMEOUT_S = 60.0
@@ -132,8 +132,10 @@ def test_both_ranks_take_part_in_every_job_and_are_started_once(tmp_path: Path, 
     eventually(lambda: all(gone(pid) for pid in pids))
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_a_job_has_the_devices_that_it_asks_for_and_says_where_it_ran(tmp_path: Path, devices: int) -> None:
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Callable[..., RunOutcome]]:
+    """Runs a job of a model that takes as many devices as are asked for, on a host; its outputs lie in "outputs"."""
+
     def load(_: ModelSpec, request: LoadRequest) -> RankGroup:
         return RankGroup(ENTRY, request.devices, Launcher.TORCHRUN if request.devices > 1 else Launcher.PYTHON)
 
@@ -149,16 +151,33 @@ def test_a_job_has_the_devices_that_it_asks_for_and_says_where_it_ran(tmp_path: 
     host = ThreadHost(
         backend=driver("cpu", torch_threads=1), models=[spec], folders={"adder": folder}, cache_size=1, concurrency=1
     )
-    request = ResolvedRequest(
-        task=Task.AUDIO2TEXT, model="adder", backend="cpu", inputs=Inputs(), config={"steps": 2, "devices": devices}
-    )
 
-    outcome = host.submit(RunOrder("job", 1, request, outputs), Recorder()).result(TIMEOUT_S)
+    def one(**config: Any) -> RunOutcome:
+        request = ResolvedRequest(
+            task=Task.AUDIO2TEXT, model="adder", backend="cpu", inputs=Inputs(), config={"steps": 2, **config}
+        )
+        return host.submit(RunOrder("job", 1, request, outputs), Recorder()).result(TIMEOUT_S)
 
+    yield one
     host.close()
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_job_has_the_devices_that_it_asks_for_and_says_where_it_ran(
+    run: Callable[..., RunOutcome], tmp_path: Path, devices: int
+) -> None:
+    outcome = run(devices=devices)
+
     assert isinstance(outcome, RunSucceeded), outcome
-    assert json.loads((outputs / "0.txt").read_text(encoding="utf-8")) == [int("1" * devices)] * 2
+    assert json.loads((tmp_path / "outputs" / "0.txt").read_text(encoding="utf-8")) == [int("1" * devices)] * 2
     assert list(outcome.facts.device_placement) == [f"rank {rank}" for rank in range(devices)]
+
+
+def test_a_run_whose_rank_died_is_lost_and_not_failed_as_with_any_process_of_the_device(
+    run: Callable[..., RunOutcome],
+) -> None:
+    assert isinstance(run(die_in_rank=0), RunLost)
+    assert isinstance(run(), RunSucceeded)
 
 
 def _made(folder: Path) -> Path:
