@@ -14,7 +14,9 @@ HEAD = """\
 Written by `make docs` from the registry, the files under `omnirt_tasks/models`; [how to add one](add-a-model.md).
 
 *Memory* is the device memory that the model is usually said to want, offloading included in some cases. It refuses
-nothing: what is refused is counted from the weights that are really there, and from the size of the picture. *Verified* says how far a model is known to work:
+nothing: what is refused is counted from the weights that are really there, and from the size of the picture.
+
+*Verified* says how far a model is known to work:
 
 {levels}
 
