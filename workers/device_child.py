@@ -28,7 +28,7 @@ def main(address: str) -> int:
     with contextlib.suppress(OSError):  # not Linux, or not allowed
         Path("/proc/self/oom_score_adj").write_text(OOM_SCORE, encoding="ascii")
     connection = connect(address)
-    (start,) = receive(connection)
+    start = receive(connection)
     assert isinstance(start, ChildStart)
     logs.configure(load_settings(log_level=start.log_level, log_json=start.log_json))
     try:

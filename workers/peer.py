@@ -212,10 +212,9 @@ class PeerHost:
         outbox.put(start)
         try:
             while True:
-                batch = receive(connection)
+                message = receive(connection)
                 self._heard_s = time.monotonic()
-                for message in batch:
-                    self._take(message, outbox)
+                self._take(message, outbox)
         finally:
             outbox.close(0.0)
 

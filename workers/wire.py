@@ -16,11 +16,9 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 from omnirt_tasks.contract import ErrorInfo, EventName
 from workers.backends.cpu import process_peak_bytes
@@ -144,7 +142,7 @@ class Outbox:
     def put(self, message: object) -> None:
         """Send the message, now or soon; once the other half is gone, forget it."""
         droppable = isinstance(message, State) or (isinstance(message, Told) and message.event.event in DROPPABLE)
-        packed = _Packed(pickle.dumps((message,)), droppable)
+        packed = _Packed(pickle.dumps(message), droppable)
         with self._changed:
             if self._closed:
                 return
@@ -209,13 +207,13 @@ class _Packed:
     droppable: bool
 
 
-def receive(connection: Connection) -> Sequence[Any]:
-    """The next messages, waited for. Raises EOFError once the other half is gone, however it went."""
+def receive(connection: Connection) -> object:
+    """The next message, waited for. Raises EOFError once the other half is gone, however it went."""
     try:
-        batch: Sequence[Any] = connection.recv()
+        message: object = connection.recv()
     except (OSError, pickle.UnpicklingError) as error:  # it died in the middle of a message
         raise EOFError from error
-    return batch
+    return message
 
 
 def connect(address: str) -> Connection:
@@ -239,14 +237,13 @@ def serve(host: DeviceHost, connection: Connection, *, pid: int) -> None:
                 timeout_s = None if host.health().ok else UNFIT_WITHIN_S
                 beat_at_s = time.monotonic() + BEAT_S
                 continue
-            for message in receive(connection):
-                match message:
-                    case Submit(key, order):
-                        _submit(host, outbox, key, order)
-                    case Interrupt(job_id, reason):
-                        host.interrupt(job_id, reason)
-                    case Close(within_s):
-                        timeout_s = within_s
+            match receive(connection):
+                case Submit(key, order):
+                    _submit(host, outbox, key, order)
+                case Interrupt(job_id, reason):
+                    host.interrupt(job_id, reason)
+                case Close(within_s):
+                    timeout_s = within_s
     except (EOFError, OSError):
         timeout_s = 0.0
     host.close(timeout_s)

@@ -58,7 +58,7 @@ def test_a_host_that_is_unfit_while_orders_keep_coming_ends_too(monkeypatch: pyt
     for number in range(200):
         if host.closed_within_s is not None:
             break
-        here.send((wire.Submit(number, order(str(number))),))
+        here.send(wire.Submit(number, order(str(number))))
         time.sleep(0.02)
     assert host.closed_within_s == wire.UNFIT_WITHIN_S
     here.close()
@@ -80,7 +80,7 @@ def test_what_waits_in_an_outbox_that_closes_is_sent() -> None:
     closing.start()
     eventually(lambda: outbox._closed)
     receive(here)
-    assert isinstance(receive(here)[0], Ended)
+    assert isinstance(receive(here), Ended)
     closing.join(10)
     here.close()
     there.close()

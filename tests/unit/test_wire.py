@@ -83,7 +83,7 @@ def until(connection: Connection, kind: type) -> list[object]:
     """Every message up to the first of this kind."""
     told: list[object] = []
     while not any(isinstance(message, kind) for message in told):
-        told.extend(receive(connection))
+        told.append(receive(connection))
     return told
 
 
@@ -92,8 +92,8 @@ def test_a_run_is_told_from_its_first_event_to_its_end_under_the_key_it_was_give
 ) -> None:
     _, here, _ = served
     assert isinstance(until(here, Ready)[0], Ready)
-    here.send((Submit(41, order("a")), Submit(42, order("b"))))
-    here.send((Interrupt("b", InterruptReason.CANCEL),))
+    for message in (Submit(41, order("a")), Submit(42, order("b")), Interrupt("b", InterruptReason.CANCEL)):
+        here.send(message)
     told = until(here, Ended)
     assert [message.key for message in told if isinstance(message, Told)] == [41, 42]
     assert told[-1] == Ended(42, RunInterrupted(InterruptReason.CANCEL))
@@ -103,7 +103,8 @@ def test_a_close_gives_back_what_runs_and_all_is_told_before_the_end(
     served: tuple[FakeHost, Connection, threading.Thread],
 ) -> None:
     host, here, thread = served
-    here.send((Submit(1, order()), Close(2.5)))
+    here.send(Submit(1, order()))
+    here.send(Close(2.5))
     assert until(here, Ended)[-1] == Ended(1, RunInterrupted(InterruptReason.GIVE_BACK))
     thread.join(WITHIN_S)
     assert host.closed_within_s == 2.5
@@ -113,7 +114,7 @@ def test_a_host_that_can_run_no_more_ends_so_that_another_can_begin(
     served: tuple[FakeHost, Connection, threading.Thread],
 ) -> None:
     host, here, thread = served
-    here.send((Submit(1, order()),))
+    here.send(Submit(1, order()))
     until(here, Told)
     host.fit = False
     told = until(here, Ended)
@@ -126,7 +127,7 @@ def test_a_host_whose_other_half_is_gone_is_closed_at_once(
     served: tuple[FakeHost, Connection, threading.Thread],
 ) -> None:
     host, here, thread = served
-    here.send((Submit(1, order()),))
+    here.send(Submit(1, order()))
     until(here, Told)
     here.close()
     thread.join(WITHIN_S)
@@ -146,7 +147,7 @@ def test_an_outbox_that_nobody_reads_forgets_progress_first_and_never_an_end(mon
             outbox.put(Ended(key, RunInterrupted(InterruptReason.CANCEL)))
     told: list[object] = []
     while Told(49, step) not in told:
-        told.extend(receive(here))
+        told.append(receive(here))
     outbox.close()
     ended = [message.key for message in told if isinstance(message, Ended)]
     assert ended == [0, 10, 20, 30, 40]
