@@ -64,8 +64,11 @@ class _Waiting:
     outcome: "Future[RunOutcome]"
 
 
+@dataclass(frozen=True)
 class _Recycle:
     """The child is to be replaced, and runs nothing."""
+
+    peer: PeerHost
 
 
 class ProcessHost:
@@ -190,7 +193,7 @@ class ProcessHost:
             tell = self._due and self._available
             self._available = self._available and not self._due
             if self._due and not self._running:
-                self._news.put(_Recycle())
+                self._news.put(_Recycle(peer))
         if tell:
             self._on_available(False)
 
@@ -268,8 +271,9 @@ class ProcessHost:
         late.start()
         try:
             while isinstance(news := self._news.get(), _Recycle):
-                logger.info("The device's process is replaced; it has done its share of work.")
-                peer.close()
+                if news.peer is peer:  # and not one that died before it could be replaced
+                    logger.info("The device's process is replaced; it has done its share of work.")
+                    peer.close()
         finally:
             late.cancel()
         return news
