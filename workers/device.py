@@ -83,7 +83,7 @@ class DeviceThread:
         return self._thread.ident
 
     def busy_for_s(self) -> float | None:
-        """How long the call in hand has lasted; None when there is none."""
+        """How long the call in hand has lasted; None without one, and while a job holds the device: that is no call."""
         since = self._in_hand_since
         return None if since is None else time.monotonic() - since
 
@@ -128,7 +128,8 @@ class DeviceThread:
             del entry, call, future  # tensors must not live until the next call comes
 
     def _make(self, call: DeviceCall, future: "Future[Any]") -> None:
-        self._in_hand, self._in_hand_since = future, time.monotonic()
+        self._in_hand = future
+        self._in_hand_since = None if isinstance(call.module, Hold) else time.monotonic()
         try:
             result = call()
             self._driver.synchronize()

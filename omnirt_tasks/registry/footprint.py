@@ -43,16 +43,11 @@ class Decoding(Protocol):
     def tile_px(self) -> int | None: ...
 
 
-def weights_bytes(folder: Path, dtype: str) -> int | None:
-    """What the folder's weights take once loaded in this dtype; None where its files do not tell.
+def weights_bytes_by_dtype(folder: Path, dtypes: Iterable[str]) -> dict[str, int]:
+    """What the folder's weights take once loaded in each of the dtypes; empty where its files do not tell.
 
     Whole numbers keep their size. A part that a family keeps in another format is not known here.
     """
-    return weights_bytes_by_dtype(folder, (dtype,)).get(dtype)
-
-
-def weights_bytes_by_dtype(folder: Path, dtypes: Iterable[str]) -> dict[str, int]:
-    """`weights_bytes` for each of the dtypes; empty where the files do not tell."""
     try:
         count = count_tensors(folder)
     except (UnsoundWeights, OSError):

@@ -13,7 +13,7 @@ import pytest
 from omnirt_tasks.contract import EventName, Task
 from omnirt_tasks.errors import ConfigurationError, ModelFailed
 from omnirt_tasks.registry import DiffusersModel, LoadRequest, ModelSpec, discover
-from omnirt_tasks.registry.footprint import weights_bytes
+from omnirt_tasks.registry.footprint import weights_bytes_by_dtype
 from tests.support.hosts import RUN_TIMEOUT_S, Bench, Recorder
 from tests.support.outcomes import succeeded
 from tests.support.tiny_models import save_tiny_sdxl
@@ -83,9 +83,7 @@ def make_bench(tmp_path: Path) -> Iterator[MakeBench]:
 
 
 def size_of(folder: Path) -> int:
-    size_bytes = weights_bytes(folder, "fp32")
-    assert size_bytes is not None
-    return size_bytes
+    return weights_bytes_by_dtype(folder, ["fp32"])["fp32"]
 
 
 def discovered_load(spec: ModelSpec, request: LoadRequest) -> DiffusersModel:
@@ -372,7 +370,7 @@ def test_the_capability_tells_what_each_model_can_do_here(make_bench: MakeBench,
     assert ability.execution_mode is discover().find(BASE).execution_mode
     assert ability.dtypes == ("fp32", "bf16")
     assert {"strength", "num_inference_steps", "dtype"} <= set(ability.options)
-    assert ability.weights_bytes == {"fp32": size_of(weights), "bf16": weights_bytes(weights, "bf16")}
+    assert ability.weights_bytes == weights_bytes_by_dtype(weights, ["fp32", "bf16"])
     assert ability.working_bytes_per_pixel == BYTES_PER_PIXEL
     assert (ability.working_dtype, ability.tile_px) == ("fp32", 1024)
     assert ability.seconds_per_unit is None

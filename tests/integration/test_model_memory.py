@@ -6,7 +6,7 @@ import psutil
 import pytest
 
 from omnirt_tasks.registry import discover
-from omnirt_tasks.registry.footprint import MIB, weights_bytes
+from omnirt_tasks.registry.footprint import MIB, weights_bytes_by_dtype
 from tests.support.hosts import Bench
 from tests.support.outcomes import succeeded
 from tests.support.tiny_models import save_tiny_sdxl, tiny_sdxl
@@ -41,8 +41,7 @@ def resident_bytes() -> int:
 def test_the_memory_of_an_evicted_model_is_the_systems_again(tmp_path: Path) -> None:
     # Given a large and a small model, of which one is kept, and a host that has run before.
     folders = {LARGE: save_large_sdxl(tmp_path / "large"), SMALL: save_tiny_sdxl(tmp_path / "small")}
-    large_bytes = weights_bytes(folders[LARGE], "fp32")
-    assert large_bytes is not None
+    large_bytes = weights_bytes_by_dtype(folders[LARGE], ["fp32"])["fp32"]
     assert large_bytes > LARGE_BYTES_MIN
     host = ThreadHost(
         backend=driver("cpu", torch_threads=1),

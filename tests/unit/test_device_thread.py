@@ -99,6 +99,19 @@ def test_busy_tells_how_long_the_call_in_hand_has_lasted(device: DeviceThread) -
     eventually(lambda: device.busy_for_s() is None)
 
 
+def test_a_hold_keeps_every_other_call_out_and_is_no_call_that_hangs(device: DeviceThread) -> None:
+    first, second = device.hold(), device.hold()
+    first.mine.result(TIMEOUT_S)
+    waiting = device.submit(call(lambda: "made"))
+    assert device.busy_for_s() is None, "what runs apart may take as long as it likes"
+    with pytest.raises(TimeoutError):
+        waiting.result(0.05)
+    second.release()  # it leaves the line without its turn
+    assert second.mine.cancelled()
+    first.release()
+    assert waiting.result(TIMEOUT_S) == "made"
+
+
 def test_a_result_does_not_live_until_the_next_call(device: DeviceThread) -> None:
     class Tensor:
         pass

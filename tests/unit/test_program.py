@@ -20,7 +20,7 @@ from tests.support.hosts import Recorder
 from tests.support.waiting import eventually
 from workers.backends import driver
 from workers.context import Interrupted, JobContext
-from workers.device import DeviceThread
+from workers.device import DeviceCall, DeviceThread
 from workers.executors import program as program_module
 from workers.executors.program import ProgramExecutor
 from workers.host import InterruptReason, OutputFile, RunOrder
@@ -99,14 +99,19 @@ def test_a_program_sees_nothing_of_the_worker_s_environment(shell: Shell, monkey
 
 
 def test_no_other_device_call_is_made_meanwhile(shell: Shell, device: DeviceThread) -> None:
-    holds: list[float | None] = []
+    calls: list[Future[object]] = []
     job = shell.context()
-    shell.recorder.on(EventName.STAGE_START, lambda: holds.append(device.busy_for_s()))
+
+    def call_meanwhile() -> None:
+        calls.append(device.submit(DeviceCall(None, object)))
+        with pytest.raises(TimeoutError):
+            calls[0].result(0.1)
+
+    shell.recorder.on(EventName.STAGE_START, call_meanwhile)
 
     shell.run('echo done > "$2"', job)
 
-    assert holds
-    assert holds[0] is not None
+    assert calls[0].result(10), "and it is made once the program has ended"
 
 
 @pytest.mark.parametrize(
