@@ -117,7 +117,7 @@ class Settings(BaseSettings):
     pipeline_cache_size: Count = 2
     """Loaded models that a worker keeps, where its memory holds them."""
     memory_budget_bytes: Count | None = None
-    """What models and runs may take of the device's memory together; nine tenths of it by default."""
+    """What models and runs may take of the device's memory together; by default nine tenths, shared by CPU workers."""
     warm_up: tuple[str, ...] = ()
     """Models that a worker loads before it takes jobs. As a variable: a JSON list."""
     recycle_after_jobs: Annotated[int, Field(ge=0)] = 0
