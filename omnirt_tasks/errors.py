@@ -3,6 +3,7 @@
     OmnirtError
     ├── CallerError          the caller can mend it: nothing was queued
     │   ├── InvalidJson, ValidationFailed, BackendUnsupported, InsufficientMemory, TooLarge, UnsupportedMediaType
+    │   ├── IdempotencyMismatch
     │   ├── Unauthorized, ModelTierDisabled, OriginRefused, StubDisabled
     │   ├── NotFound ── ModelNotFound, JobNotFound, ArtifactNotFound, UploadNotFound
     │   ├── MethodNotAllowed, RangeNotSatisfiable
@@ -12,9 +13,9 @@
     └── OperatorError        the installation must be mended
         └── StoreUnavailable, StorageError, ConfigurationError, GatewayUnreachable (raised by the client alone)
 
-Each class carries the stable code a client sees, the HTTP status and whether a retry can help, so the gateway and
-the worker translate without a table. A message names the value, the rule and the remedy; it never holds a prompt,
-a path of the server or a secret, since clients read it.
+Each class carries the stable code a client sees, the HTTP status, whether a retry can help, and whether the worker
+tries again by itself, so the gateway and the worker translate without a table. A message names the value, the rule and
+the remedy; it never holds a prompt, a path of the server or a secret, since clients read it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -32,6 +33,7 @@ class OmnirtError(Exception):
     code: ClassVar[str] = "internal"
     http_status: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
+    tried_again: ClassVar[bool] = False
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message, hint)  # both in args, so that the error survives Celery's JSON
@@ -84,6 +86,13 @@ class InsufficientMemory(CallerError):
     """The request could never fit: on no device of the fleet, or not on the one that was to run it."""
 
     code = "insufficient_memory"
+    http_status = 422
+
+
+class IdempotencyMismatch(CallerError):
+    """The idempotency key came before, with another body."""
+
+    code = "idempotency_mismatch"
     http_status = 422
 
 
@@ -228,6 +237,7 @@ class Internal(JobError):
 
     code = "internal"
     http_status = 500
+    tried_again = True  # another worker may be in better health
 
 
 class WorkerLost(JobError):
@@ -271,6 +281,7 @@ class StorageError(OperatorError):
     code = "storage_error"
     http_status = 503
     retryable = True
+    tried_again = True
 
 
 class GatewayUnreachable(OperatorError):

@@ -40,6 +40,14 @@ class Placement(StrEnum):
     THREAD = "thread"
 
 
+class Fsync(StrEnum):
+    """When what a Redis has written reaches the disk, in Redis' own words (appendfsync)."""
+
+    ALWAYS = "always"
+    EVERYSEC = "everysec"
+    NO = "no"
+
+
 def _default_data_dir() -> Path:
     return Path.home() / ".local" / "share" / "omnirt"
 
@@ -58,6 +66,8 @@ class Settings(BaseSettings):
     """Redis or Valkey (redis://, rediss://, unix://): the job store, and the broker unless `broker_url` is set."""
     broker_url: SecretStr | None = None
     """The Celery broker and result backend, where the broker is to have a Redis database of its own."""
+    broker_fsync: Fsync = Fsync.ALWAYS
+    """When the embedded broker's data reach the disk: before each answer, each second, or as the system likes."""
     key_prefix: str = "omnirt"
     """Begins every key and channel in Redis."""
     data_dir: Path = Field(default_factory=_default_data_dir)
@@ -96,6 +106,16 @@ class Settings(BaseSettings):
     job_timeout_s: Seconds = 3600
     """The longest one attempt may run."""
     lease_ttl_s: Seconds = 6
+    deaths_max: Count = 3
+    """A job whose worker or device died so often while it ran alone has failed (worker_lost), and is a dead letter."""
+    retries_max: Annotated[int, Field(ge=0)] = 2
+    """How often a job is tried again after an error that another attempt may not meet (storage_error, internal)."""
+    retry_backoff_s: Seconds = 1
+    """How long the first such retry waits; each further one waits four times as long."""
+    idempotency_ttl_s: Seconds = 24 * 3600
+    """How long an Idempotency-Key stands for the job that it came with."""
+    orphan_sweep_every_s: Seconds = 3600
+    """How often the storage is searched for files that belong to no attempt that counts."""
     reconcile_every_s: Seconds = 1.5
     unclaimed_after_s: Seconds = 5
 
@@ -126,6 +146,8 @@ class Settings(BaseSettings):
     """The device's process is replaced, once none of its jobs runs, when it holds more host memory; 0 is never."""
     stop_patience_s: Seconds = 60
     """How long a cancelled job may take to end its device call before the device's process is ended by force."""
+    stall_after_s: Seconds = 5
+    """A worker with room that leaves a message waiting for so long takes up its connection to the broker anew."""
     preview_every_steps: Annotated[int, Field(ge=0)] = 5
     heartbeat_s: Seconds = 2
     grace_s: Seconds = 30

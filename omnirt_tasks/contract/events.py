@@ -17,6 +17,8 @@ class EventName(StrEnum):
     STAGE_ERROR = "stage_error"
     CACHE_HIT = "cache_hit"
     PREVIEW = "preview"
+    CHECKPOINT = "checkpoint"  # the state after `step` is kept: another attempt can go on there
+    RESUMED = "resumed"  # this attempt goes on after `step`, from a checkpoint of an earlier one
     JOB_FINISHED = "job_finished"
     JOB_FAILED = "job_failed"
     JOB_CANCELLED = "job_cancelled"

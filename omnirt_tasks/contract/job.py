@@ -37,7 +37,10 @@ class QueueStatus(Answer):
 
 
 class JobRecord(Answer):
-    """A job as clients see it; every key is always present, null where it does not apply. Times are Unix ms."""
+    """A job as clients see it; every key is always present, null where it does not apply. Times are Unix ms.
+
+    A `dead_letter` has failed because whatever ran it died, as often as is allowed; it waits for somebody to look.
+    """
 
     id: str
     job_id: str
@@ -59,6 +62,8 @@ class JobRecord(Answer):
     started_at_ms: int | None = None
     finished_at_ms: int | None = None
     expires_at_ms: int | None = None
+    deadline_at_ms: int | None = None
+    dead_letter: bool = False
     result: GenerateResult | None = None
 
     @property

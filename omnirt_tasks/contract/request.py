@@ -56,6 +56,8 @@ MEDIA_INPUTS: Mapping[str, str] = MappingProxyType({"image": "image/", "mask": "
 TAG_MARK = "+"
 """Stands before each tag in the name of a queue for jobs with tags."""
 
+DEADLINE_S_MAX = 30 * 24 * 3600
+
 METADATA_ENTRIES_MAX = 16
 METADATA_KEY_CHARS_MAX = 64
 METADATA_VALUE_CHARS_MAX = 512
@@ -68,7 +70,8 @@ class GenerateRequest(Value):
     """A request as a caller writes it: shape and types are checked here, meaning by `validation`.
 
     `backend` "auto" leaves the choice to routing. `inputs` and `config` hold what the model's spec allows; their
-    values are checked against it. `async_run` matters over HTTP only.
+    values are checked against it. `async_run` matters over HTTP only. A job that is not over `deadline_s` after it was
+    accepted ends with `timeout`, wherever it is.
     """
 
     task: Annotated[Task, Field(strict=False)]
@@ -87,7 +90,7 @@ class GenerateRequest(Value):
         ],
         Field(max_length=METADATA_ENTRIES_MAX),
     ] = Field(default_factory=dict)
-    deadline_s: None = None
+    deadline_s: Annotated[float, Field(gt=0, le=DEADLINE_S_MAX)] | None = None
     webhook: None = None
 
 
@@ -119,4 +122,5 @@ class ResolvedRequest(Answer):
     priority: Priority = Priority.NORMAL
     tags: tuple[str, ...] = ()
     metadata: dict[str, str] = Field(default_factory=dict)
+    deadline_s: float | None = None
     warnings: tuple[str, ...] = ()

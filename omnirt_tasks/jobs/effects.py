@@ -2,15 +2,27 @@
 
 from dataclasses import dataclass
 
-from omnirt_tasks.contract import EventName, ExecutionMode, JobRecord, JobState, Phase, Progress, QueueStatus
+from omnirt_tasks.contract import (
+    ErrorInfo,
+    EventName,
+    ExecutionMode,
+    JobRecord,
+    JobState,
+    Phase,
+    Progress,
+    QueueStatus,
+)
 from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.contract.request import TAG_MARK
 from omnirt_tasks.contract.states import PHASE_OF_STAGE
-from omnirt_tasks.errors import JobNotFound, QueueFull
+from omnirt_tasks.errors import IdempotencyMismatch, JobNotFound, JobTimeout, QueueFull, WorkerLost
 from omnirt_tasks.jobs.store import Cancelled, EventDraft, Failed, NewJob, Outcome, Succeeded
 
 EVENT_LOG_LENGTH = 1_000
-"""How many events of a job are kept; the scripts say the same."""
+"""How many events of a job are kept."""
+
+DEATHS_MAX = 3
+"""How many deaths while alone a job may come to, where a store is told nothing else."""
 
 QUEUES_MAX = 1_000
 """How many queues may hold jobs before a further one is opened for tags, which callers are free to invent."""
@@ -46,7 +58,21 @@ def accepted(job: NewJob, now_ms: int) -> JobRecord:
         metadata=job.resolved.metadata,
         trace_id=job.trace_id,
         enqueued_at_ms=now_ms,
+        deadline_at_ms=None if (limit_ms := deadline_ms(job)) is None else now_ms + limit_ms,
     )
+
+
+def deadline_ms(job: NewJob) -> int | None:
+    """How long after it is accepted the job may take, if it has a deadline."""
+    deadline_s = job.resolved.deadline_s
+    return None if deadline_s is None else max(1, round(deadline_s * 1000))
+
+
+def remaining_ms(record: JobRecord) -> int | None:
+    """How long its deadline left the attempt when it began, if there is one."""
+    if record.deadline_at_ms is None or record.started_at_ms is None:
+        return None
+    return record.deadline_at_ms - record.started_at_ms
 
 
 def queues_max(queue: str) -> int | None:
@@ -71,6 +97,34 @@ def unknown_job(job_id: str) -> JobNotFound:
     return JobNotFound(f"There is no job {job_id[:64]!r}.", "It may have expired, or been purged.")
 
 
+def idempotency_mismatch(key: str) -> IdempotencyMismatch:
+    """The refusal of a key that came before, with another body."""
+    return IdempotencyMismatch(
+        f"The idempotency key {key[:64]!r} stands for a job with another body.", "Use a new key for a new job."
+    )
+
+
+def deadline_passed() -> ErrorInfo:
+    """Why a job failed whose deadline passed while it waited."""
+    return JobTimeout(
+        "The job's deadline (deadline_s) passed before it was done.", "Give it more time, or try again later."
+    ).info()
+
+
+def died_too_often(deaths_max: int) -> ErrorInfo:
+    """Why a job is a dead letter."""
+    times = "once" if deaths_max == 1 else f"{deaths_max} times"
+    return WorkerLost(
+        f"What ran the job died {times} while it ran nothing else.",
+        "Look at the workers' logs; once the cause is mended, retry the job, or else drop it from the dead letters.",
+    ).info()
+
+
+def failure(error: ErrorInfo) -> JsonObject:
+    """The data of a `job_failed`."""
+    return {"error": error.model_dump(mode="json")}
+
+
 def ending(outcome: Outcome) -> Ending:
     """How the outcome ends its job."""
     match outcome:
@@ -78,7 +132,7 @@ def ending(outcome: Outcome) -> Ending:
             names: JsonObject = {"outputs": [output.name for output in result.outputs]}
             return Ending(JobState.SUCCEEDED, EventName.JOB_FINISHED, names, result.metadata.execution_mode)
         case Failed(error):
-            return Ending(JobState.FAILED, EventName.JOB_FAILED, {"error": error.model_dump(mode="json")})
+            return Ending(JobState.FAILED, EventName.JOB_FAILED, failure(error))
         case Cancelled():
             return Ending(JobState.CANCELLED, EventName.JOB_CANCELLED, {})
 

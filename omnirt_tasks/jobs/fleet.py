@@ -8,7 +8,7 @@ import redis
 
 from omnirt_tasks.clock import unix_ms
 from omnirt_tasks.contract import WorkerCapability
-from omnirt_tasks.jobs.redis import Scripts
+from omnirt_tasks.jobs.scripting import Scripts
 
 
 class LiveWorkers(Protocol):

@@ -4,8 +4,12 @@
     {prefix}:log:{id}         STREAM  the newest 1,000 events; an entry has id "{seq}-0" and the event as JSON
     {prefix}:waiting:{queue}  ZSET    id → serial: position and depth
     {prefix}:sent:{queue}     ZSET    id → when the waiting job's message was last sent
+    {prefix}:delayed:{queue}  ZSET    id → when the waiting job's message is to be sent, its retry having a delay
+    {prefix}:deadlines:{queue} ZSET   id → the waiting job's deadline
     {prefix}:running:{queue}  ZSET    id → when its lease expires
     {prefix}:owner:{owner}    ZSET    id → serial: listing
+    {prefix}:dead:{owner}     ZSET    id → serial: the dead letters among them
+    {prefix}:idempotency:{owner}:{SHA-256 of a key}  HASH  the job it stands for, and its body's fingerprint
     {prefix}:finished         ZSET    id → when it expires
     {prefix}:queues           SET     queues that may hold a job
     {prefix}:states           HASH    task|model|execution_mode|state → how often it was entered
@@ -17,51 +21,49 @@ Every change is one script (`scripts/`), which checks the state it starts from, 
 sends a call again when its answer was lost; the call's id makes it count once.
 """
 
+import hashlib
 import json
 import secrets
-from collections.abc import Mapping, Sequence
-from importlib import resources
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import redis
 
-from omnirt_tasks.contract import (
-    CancelOutcome,
-    ErrorInfo,
-    Event,
-    ExecutionMode,
-    GenerateResult,
-    JobRecord,
-    JobState,
-    Phase,
-    QueueStatus,
-    ResolvedRequest,
-)
+from omnirt_tasks.contract import CancelOutcome, Event, ExecutionMode, JobState
 from omnirt_tasks.contract.base import JsonObject
+from omnirt_tasks.errors import JobNotFound
 from omnirt_tasks.jobs.connection import reaching_store
 from omnirt_tasks.jobs.effects import (
+    DEATHS_MAX,
     accepted,
+    deadline_ms,
     ending,
+    idempotency_mismatch,
     phase_of,
-    progress,
     progress_of,
     queue_full,
     queues_max,
+    remaining_ms,
     too_many_queues,
     unknown_job,
 )
+from omnirt_tasks.jobs.redis_record import FIELDS_OF_PAGE, fields_of, stored_job
+from omnirt_tasks.jobs.scripting import Scripts
 from omnirt_tasks.jobs.store import (
     Claim,
     EventDraft,
     Failed,
+    Idempotency,
     JobPage,
     JobQuery,
     Lease,
+    MustRunAlone,
     NewJob,
     Outcome,
     QueueDepth,
     Reconciled,
     Renewal,
+    Requeue,
     StoredJob,
     Succeeded,
 )
@@ -72,42 +74,14 @@ OVERDUE_LIMIT = 1_000
 PAGE_SCAN_LIMIT = 1_000
 """The most jobs that are read for one page with a filter."""
 
-# A listing shows no results, and they are the largest part of a record.
-_FIELDS_OF_PAGE = (
-    "owner", "queue", "request", "resolved", "trace_id", "traceparent", "state", "phase", "step", "total", "attempt",
-    "cancel_requested", "lease_expires_at_ms", "worker_id", "execution_mode", "error", "enqueued_at_ms",
-    "started_at_ms", "finished_at_ms", "expires_at_ms", "seq",
-)  # fmt: skip
-
-
-class Scripts:
-    """The Lua scripts, each behind the shared prelude; Redis keeps them, so a call sends a hash."""
-
-    def __init__(self, client: redis.Redis, prefix: str, job_ttl_ms: int = 0) -> None:
-        folder = resources.files("omnirt_tasks.jobs") / "scripts"
-        prelude = (folder / "prelude.lua").read_text()
-        self._scripts = {
-            file.name.removesuffix(".lua"): client.register_script(f"{prelude}\n{file.read_text()}")
-            for file in folder.iterdir()
-            if file.name.endswith(".lua") and file.name != "prelude.lua"
-        }
-        self._prefix = prefix
-        self._job_ttl_ms = job_ttl_ms
-
-    def run(self, name: str, job_id: str, *args: str | int) -> Any:
-        """Run one script; its answer is as Redis gives it. Raises StoreUnavailable."""
-        call = secrets.token_hex(8)
-        with reaching_store():
-            return self._scripts[name](args=(self._prefix, job_id, self._job_ttl_ms, call, *args))
-
 
 class RedisJobStore:
     """JobStore in Redis; jobs are kept `job_ttl_s` after their end. The client answers in text (see `connect`)."""
 
-    def __init__(self, client: redis.Redis, *, prefix: str, job_ttl_s: float) -> None:
+    def __init__(self, client: redis.Redis, *, prefix: str, job_ttl_s: float, deaths_max: int = DEATHS_MAX) -> None:
         self._client: Any = client  # its types do not know that answers are text
         self._prefix = prefix
-        self._scripts = Scripts(client, prefix, round(job_ttl_s * 1000))
+        self._scripts = Scripts(client, prefix, job_ttl_ms=round(job_ttl_s * 1000), deaths_max=deaths_max)
 
     def create(self, job: NewJob, *, queue_limit: int | None = None) -> StoredJob:
         """See JobStore."""
@@ -118,18 +92,25 @@ class RedisJobStore:
             "traceparent": job.traceparent,
         }
         pairs = [text for name, value in fields.items() if value is not None for text in (name, value)]
-        most = queues_max(job.queue)
-        outcome, now_ms, *position = self._scripts.run(
+        most, limit_ms, key = queues_max(job.queue), deadline_ms(job), job.idempotency
+        outcome, *told = self._scripts.run(
             "create", job.id, job.queue, job.owner, -1 if queue_limit is None else queue_limit,
             -1 if most is None else most,
-            job.resolved.task, job.resolved.model, _json({"queue": job.queue}), *pairs,
+            job.resolved.task, job.resolved.model, _json({"queue": job.queue}), -1 if limit_ms is None else limit_ms,
+            *((_digest(key.key), key.fingerprint, key.ttl_ms) if key else ("", "", 0)),
+            *pairs,
         )  # fmt: skip
-        if outcome == "full":
-            raise queue_full(job.queue, queue_limit)
-        if outcome == "too many queues":
-            raise too_many_queues()
-        if outcome == "exists":
-            return self.get(job.id)
+        match outcome:
+            case "full":
+                raise queue_full(job.queue, queue_limit)
+            case "too many queues":
+                raise too_many_queues()
+            case "mismatch" if key:
+                raise idempotency_mismatch(key.key)
+            case "exists":
+                known_id, flat = told
+                return stored_job(known_id, fields_of(flat))
+        now_ms, position = told
         return StoredJob(
             accepted(job, now_ms),
             job.owner,
@@ -137,8 +118,23 @@ class RedisJobStore:
             job.resolved,
             job.traceparent,
             last_seq=1,
-            position=int(position[0]),
+            position=position,
         )
+
+    def submitted(self, owner: str, idempotency: Idempotency) -> StoredJob | None:
+        """See JobStore."""
+        key = self._key("idempotency", owner, _digest(idempotency.key))
+        with reaching_store():
+            job_id, fingerprint = self._client.hmget(key, "job", "fingerprint")
+        if job_id is None:
+            return None
+        try:
+            job = self.get(job_id)
+        except JobNotFound:  # its time was over before the key's was
+            return None
+        if fingerprint != idempotency.fingerprint:
+            raise idempotency_mismatch(idempotency.key)
+        return job
 
     def get(self, job_id: str) -> StoredJob:
         """See JobStore."""
@@ -146,23 +142,23 @@ class RedisJobStore:
             fields = self._client.hgetall(self._key("job", job_id))
         if not fields:
             raise unknown_job(job_id)
-        return _stored(job_id, fields)
+        return stored_job(job_id, fields)
 
     def page(self, query: JobQuery) -> JobPage:
         """See JobStore."""
-        owner_key = self._key("owner", query.owner)
+        key = self._key("dead" if query.dead_letters else "owner", query.owner)
         found: list[StoredJob] = []
         below = f"({query.cursor}" if query.cursor and query.cursor.isascii() and query.cursor.isdigit() else "+inf"
         wanted = 100 if query.filtered else query.limit + 1  # one more than fits tells whether there is a next page
         for _ in range(0, PAGE_SCAN_LIMIT, wanted):
             with reaching_store():
-                entries = self._client.zrevrangebyscore(owner_key, below, "-inf", 0, wanted, withscores=True)
+                entries = self._client.zrevrangebyscore(key, below, "-inf", 0, wanted, withscores=True)
                 records = self._records([job_id for job_id, _ in entries])
             for (job_id, serial), fields in zip(entries, records, strict=True):
                 if fields is None:  # Redis dropped the record before the sweeper came
                     with reaching_store():
-                        self._client.zrem(owner_key, job_id)
-                elif query.matches(job := _stored(job_id, fields)):
+                        self._client.zrem(key, job_id)
+                elif query.matches(job := stored_job(job_id, fields)):
                     if len(found) == query.limit:
                         return JobPage(found, below.removeprefix("("))
                     found.append(job)
@@ -172,17 +168,27 @@ class RedisJobStore:
         return JobPage(found, below.removeprefix("("))
 
     def claim(
-        self, job_id: str, *, worker_id: str, lease_ttl_ms: int, execution_mode: ExecutionMode | None = None
-    ) -> Claim | None:
+        self,
+        job_id: str,
+        *,
+        worker_id: str,
+        lease_ttl_ms: int,
+        execution_mode: ExecutionMode | None = None,
+        alone: bool = False,
+        queues: Collection[str] | None = None,
+    ) -> Claim | MustRunAlone | None:
         """See JobStore."""
         token = secrets.token_hex(16)
-        flat = self._scripts.run(
-            "claim", job_id, token, lease_ttl_ms, worker_id, json.dumps(worker_id), execution_mode or ""
-        )
-        if flat is None:
+        answer = self._scripts.run(
+            "claim", job_id, token, lease_ttl_ms, worker_id, json.dumps(worker_id), execution_mode or "", int(alone),
+            "*" if queues is None else "", *(queues or ()),
+        )  # fmt: skip
+        if answer is None:
             return None
-        job = _stored(job_id, dict(zip(flat[::2], flat[1::2], strict=True)))
-        return Claim(Lease(job_id, job.record.attempt, token), job)
+        if answer == "must run alone":
+            return MustRunAlone()
+        job = stored_job(job_id, fields_of(answer))
+        return Claim(Lease(job_id, job.record.attempt, token), job, alone, remaining_ms(job.record))
 
     def renew(self, lease: Lease, *, lease_ttl_ms: int) -> Renewal:
         """See JobStore."""
@@ -221,9 +227,24 @@ class RedisJobStore:
         )
         return bool(answer == "done")
 
-    def give_back(self, lease: Lease, *, reason: str) -> bool:
+    def checkpoint(self, lease: Lease, *, name: str, step: int) -> bool:
         """See JobStore."""
-        return bool(self._scripts.run("give_back", lease.job_id, lease.token, json.dumps(reason)) == "done")
+        return bool(self._scripts.run("checkpoint", lease.job_id, lease.token, name, step) == "done")
+
+    def give_back(self, lease: Lease, requeue: Requeue) -> bool:
+        """See JobStore."""
+        answer = self._scripts.run(
+            "give_back",
+            lease.job_id,
+            lease.token,
+            json.dumps(requeue.reason),
+            int(requeue.died),
+            int(requeue.alone),
+            int(requeue.retry),
+            requeue.delay_ms,
+            requeue.avoid_ms,
+        )
+        return bool(answer == "done")
 
     def cancel(self, job_id: str) -> CancelOutcome:
         """See JobStore."""
@@ -232,22 +253,33 @@ class RedisJobStore:
             raise unknown_job(job_id)
         return CancelOutcome(answer)
 
+    def forget_dead_letter(self, job_id: str) -> None:
+        """See JobStore."""
+        if self._scripts.run("forget_dead_letter", job_id) is None:
+            raise unknown_job(job_id)
+
     def purge(self, job_id: str) -> None:
         """See JobStore."""
         self._scripts.run("purge", job_id)
 
-    def reconcile(self, *, unclaimed_after_ms: int) -> Reconciled:
+    def reconcile(self, *, unclaimed_after_ms: int, spare_leases: bool = False) -> Reconciled:
         """See JobStore."""
         resend: list[tuple[str, str]] = []
         expired: list[str] = []
+        overdue: list[str] = []
         with reaching_store():
             queues = self._client.smembers(self._key("queues"))
         for queue in sorted(queues):
-            lapsed, unclaimed = self._scripts.run("overdue", "", queue, unclaimed_after_ms, OVERDUE_LIMIT)
-            requeued = [job_id for job_id in lapsed if self._scripts.run("expire", job_id) is not None]
-            expired += requeued
-            resend += [(job_id, queue) for job_id in (*requeued, *unclaimed)]
-        return Reconciled(resend, expired)
+            lapsed, late, to_send = self._scripts.run(
+                "overdue", "", queue, unclaimed_after_ms, OVERDUE_LIMIT, int(spare_leases)
+            )
+            became = {job_id: self._scripts.run("expire", job_id) for job_id in (*lapsed, *late)}
+            expired += [job_id for job_id in lapsed if became[job_id] is not None]
+            overdue += [job_id for job_id in late if became[job_id] is not None]
+            waiting = [job_id for job_id in lapsed if became[job_id] == JobState.QUEUED]
+            waiting += [job_id for job_id in to_send if job_id not in became]
+            resend += [(job_id, queue) for job_id in waiting]
+        return Reconciled(resend, expired, overdue)
 
     def expired(self, limit: int = 100, *, skip: int = 0) -> Sequence[StoredJob]:
         """See JobStore."""
@@ -258,7 +290,7 @@ class RedisJobStore:
         for job_id, fields in zip(ids, records, strict=True):
             if fields is None:  # Redis dropped the record before the sweeper came
                 self.purge(job_id)
-        return [_stored(job_id, fields) for job_id, fields in zip(ids, records, strict=True) if fields is not None]
+        return [stored_job(job_id, fields) for job_id, fields in zip(ids, records, strict=True) if fields is not None]
 
     def events(self, job_id: str, *, after: int = 0) -> Sequence[Event]:
         """See JobStore."""
@@ -321,8 +353,8 @@ class RedisJobStore:
             return []
         pipeline = self._client.pipeline(transaction=False)
         for job_id in job_ids:
-            pipeline.hmget(self._key("job", job_id), _FIELDS_OF_PAGE)
-        named = (zip(_FIELDS_OF_PAGE, values, strict=True) for values in pipeline.execute())
+            pipeline.hmget(self._key("job", job_id), FIELDS_OF_PAGE)
+        named = (zip(FIELDS_OF_PAGE, values, strict=True) for values in pipeline.execute())
         records = [{name: value for name, value in fields if value is not None} for fields in named]
         return [fields or None for fields in records]
 
@@ -331,44 +363,5 @@ def _json(value: JsonObject) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
-def _stored(job_id: str, fields: Mapping[str, str]) -> StoredJob:
-    """Parses a record as Redis holds it, once."""
-    resolved = ResolvedRequest.model_validate_json(fields["resolved"])
-    state = JobState(fields["state"])
-
-    def number(name: str) -> int | None:
-        return int(fields[name]) if name in fields else None
-
-    step, total = number("step"), number("total")
-    record = JobRecord(
-        id=job_id,
-        job_id=job_id,
-        state=state,
-        phase=Phase(fields["phase"]) if "phase" in fields else None,
-        progress=progress(step, total) if step is not None and total is not None else None,
-        queue=QueueStatus(name=fields["queue"], workers=0) if state is JobState.QUEUED else None,
-        priority=resolved.priority,
-        attempt=int(fields["attempt"]),
-        cancel_requested="cancel_requested" in fields,
-        backend=resolved.backend,
-        request=json.loads(fields["request"]),
-        metadata=resolved.metadata,
-        error=ErrorInfo.model_validate_json(fields["error"]) if "error" in fields else None,
-        trace_id=fields.get("trace_id"),
-        worker_id=fields.get("worker_id"),
-        execution_mode=ExecutionMode(fields["execution_mode"]) if "execution_mode" in fields else None,
-        enqueued_at_ms=int(fields["enqueued_at_ms"]),
-        started_at_ms=number("started_at_ms"),
-        finished_at_ms=number("finished_at_ms"),
-        expires_at_ms=number("expires_at_ms"),
-        result=GenerateResult.model_validate_json(fields["result"]) if "result" in fields else None,
-    )
-    return StoredJob(
-        record,
-        owner=fields["owner"],
-        queue=fields["queue"],
-        resolved=resolved,
-        traceparent=fields.get("traceparent"),
-        lease_expires_at_ms=number("lease_expires_at_ms"),
-        last_seq=int(fields["seq"]),
-    )
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()

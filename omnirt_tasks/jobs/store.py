@@ -5,11 +5,14 @@
                 │ └─ give_back / reconcile           an attempt is over, the job is not
       cancel ───┴─► (queued: at once; running: a flag that the holder sees)
 
+An attempt that died (its worker or device did) makes its job one that runs alone from then on: of jobs that died
+together nobody knows which is to blame. A death while alone counts, and at `deaths_max` of them the job has failed.
+
 Every change of state goes through one atomic step that checks the state it starts from, writes the record and
 appends the event that tells of it. An attempt is known by its `Lease`: whoever holds an older one changes nothing.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -29,10 +32,23 @@ from omnirt_tasks.contract.base import JsonObject
 
 
 @dataclass(frozen=True)
+class Idempotency:
+    """A caller's own name for a submit: for `ttl_ms`, the same `key` of the same owner means the same job.
+
+    `fingerprint` tells one body from another.
+    """
+
+    key: str
+    fingerprint: str
+    ttl_ms: int
+
+
+@dataclass(frozen=True)
 class NewJob:
     """A job as it is accepted; `queue` is the full queue name, `owner` the id of the key that sent it, or "".
 
-    `request` is the one the caller wrote, with data URLs already replaced by upload references.
+    `request` is the one the caller wrote, with data URLs already replaced by upload references. The deadline of
+    `resolved` counts from the store's clock.
     """
 
     id: str
@@ -42,6 +58,16 @@ class NewJob:
     resolved: ResolvedRequest
     trace_id: str | None = None
     traceparent: str | None = None
+    idempotency: Idempotency | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where the state of a job after `step` is kept: below the files of `attempt`, as `name`."""
+
+    attempt: int
+    name: str
+    step: int
 
 
 @dataclass(frozen=True)
@@ -50,6 +76,9 @@ class StoredJob:
 
     `last_seq` is the number of its newest event. The record's `queue` has the name alone: its workers and the
     position are the reader's to add; `position` (from 1) spares him asking where the step that gave this job told it.
+
+    `runs_alone` says that its next attempt is to have a device to itself, `deaths` how many attempts died while they
+    had, `retries` how many were given back to be tried again, and `checkpoint` where the next one can go on.
     """
 
     record: JobRecord
@@ -60,6 +89,10 @@ class StoredJob:
     lease_expires_at_ms: int | None = None
     last_seq: int = 0
     position: int | None = field(default=None, compare=False)
+    runs_alone: bool = False
+    deaths: int = 0
+    retries: int = 0
+    checkpoint: Checkpoint | None = None
 
 
 @dataclass(frozen=True)
@@ -73,10 +106,37 @@ class Lease:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim that was won: the lease, and the job as it stood after it."""
+    """A claim that was won: the lease, and the job as it stood after it.
+
+    `alone` says that the attempt has the device to itself, `remaining_ms` how long its deadline leaves it.
+    """
 
     lease: Lease
     job: StoredJob
+    alone: bool = False
+    remaining_ms: int | None = None
+
+
+@dataclass(frozen=True)
+class MustRunAlone:
+    """A claim that was not made: the job is to be claimed by whoever has, and gives it, a device to itself."""
+
+
+@dataclass(frozen=True)
+class Requeue:
+    """How an attempt that is over sends its job back to its queue.
+
+    `died` says that what ran it died: from then on it runs alone, and if it did, the death counts. `alone` asks for a
+    device to itself without any blame, `retry` counts as one. The job waits for `delay_ms` before it can be claimed,
+    and the worker that gives it back may not claim it for `avoid_ms` after that, so that another may.
+    """
+
+    reason: str
+    died: bool = False
+    alone: bool = False
+    retry: bool = False
+    delay_ms: int = 0
+    avoid_ms: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,7 +183,10 @@ Outcome = Succeeded | Failed | Cancelled
 
 @dataclass(frozen=True)
 class JobQuery:
-    """Which jobs to list: newest first, at most `limit` (1 to 100), after `cursor` (from an earlier page)."""
+    """Which jobs to list: newest first, at most `limit` (1 to 100), after `cursor` (from an earlier page).
+
+    `dead_letters` lists those alone.
+    """
 
     owner: str
     limit: int = 20
@@ -131,6 +194,7 @@ class JobQuery:
     state: JobState | None = None
     model: str | None = None
     task: Task | None = None
+    dead_letters: bool = False
 
     @property
     def filtered(self) -> bool:
@@ -161,11 +225,13 @@ class JobPage:
 class Reconciled:
     """What one round of reconciling found.
 
-    `resend` are jobs to send (again), as (job id, queue); `expired` the ids among them whose lease had expired.
+    `resend` are jobs to send (again), as (job id, queue); `expired` the ids of those whose lease had expired and
+    `overdue` of those whose deadline had passed: these have failed, the others too if that was a death too many.
     """
 
     resend: Sequence[tuple[str, str]] = ()
     expired: Sequence[str] = ()
+    overdue: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -191,9 +257,14 @@ class JobStore(Protocol):
         """Write a new job in state queued, with its `job_enqueued` event. Durable when it returns.
 
         Raises QueueFull when the queue already holds `queue_limit` waiting jobs, or when it is for jobs with tags, has
-        none, and too many queues hold jobs (`effects.QUEUES_MAX`). A second job of the same id changes
-        nothing: the first is returned.
+        none, and too many queues hold jobs (`effects.QUEUES_MAX`). A second job of the same id, or with an idempotency
+        key that stands for a job, changes nothing: the first is returned. Raises IdempotencyMismatch when that key
+        came with another fingerprint.
         """
+        ...
+
+    def submitted(self, owner: str, idempotency: Idempotency) -> StoredJob | None:
+        """The job that the owner's key stands for, if it stands for one. Raises IdempotencyMismatch."""
         ...
 
     def get(self, job_id: str) -> StoredJob:
@@ -205,13 +276,24 @@ class JobStore(Protocol):
         ...
 
     def claim(
-        self, job_id: str, *, worker_id: str, lease_ttl_ms: int, execution_mode: ExecutionMode | None = None
-    ) -> Claim | None:
-        """Begin the next attempt; None if the job is unknown, over, or held by a live lease (drop the message).
+        self,
+        job_id: str,
+        *,
+        worker_id: str,
+        lease_ttl_ms: int,
+        execution_mode: ExecutionMode | None = None,
+        alone: bool = False,
+        queues: Collection[str] | None = None,
+    ) -> Claim | MustRunAlone | None:
+        """Begin the next attempt; None, when there is nothing to do, means to drop the message.
 
-        Appends `job_started` {attempt, worker_id}; what ran under an expired lease is requeued first. A job whose
-        cancel was asked for is never claimed, but cancelled. `execution_mode` is given where it is known already;
-        a result brings it in any case.
+        So it is for a job that is unknown, over, held by a live lease, waiting for its retry, to be left to another
+        worker, or of none of these `queues` (None: of any), whose message has strayed.
+
+        `alone` promises that nothing else runs on the device while the attempt does; without it a job that runs alone
+        is not claimed (MustRunAlone). Appends `job_started` {attempt, worker_id}; what ran under an expired lease has
+        died, and is requeued first. A job whose cancel was asked for is never claimed, but cancelled; one whose
+        deadline has passed fails. `execution_mode` is given where it is known already; a result brings it in any case.
         """
         ...
 
@@ -236,10 +318,19 @@ class JobStore(Protocol):
         """
         ...
 
-    def give_back(self, lease: Lease, *, reason: str) -> bool:
+    def checkpoint(self, lease: Lease, *, name: str, step: int) -> bool:
+        """Note that the attempt's state after `step` is kept as `name`; false when the lease is lost.
+
+        Appends `checkpoint` {step}. The next attempt's claim has it.
+        """
+        ...
+
+    def give_back(self, lease: Lease, requeue: Requeue) -> bool:
         """Put a running job back to queued, with `job_requeued` {attempt, reason}; false when the lease is lost.
 
-        If its cancel was asked for, the job becomes cancelled instead. The caller sends the message again.
+        If its cancel was asked for, the job becomes cancelled instead; if its deadline has passed, it fails with
+        `timeout`; if this is a death too many, it fails with `worker_lost` and is a dead letter. The caller sends the
+        message again, unless the job waits for its retry: then the reconciler does.
         """
         ...
 
@@ -247,18 +338,26 @@ class JobStore(Protocol):
         """Cancel at once if queued; ask the holder to if running; change nothing if over. Idempotent."""
         ...
 
-    def purge(self, job_id: str) -> None:
-        """Remove record, events and index entries; a job that is not over ends as cancelled first. Idempotent.
+    def forget_dead_letter(self, job_id: str) -> None:
+        """Take a failed job off the list of dead letters: somebody has looked. Idempotent."""
+        ...
 
-        The files of a job that is over are the caller's to remove, first.
+    def purge(self, job_id: str) -> None:
+        """Remove record, events, index entries and idempotency key; a job that is not over ends as cancelled first.
+
+        Idempotent. The files of a job that is over are the caller's to remove, first.
         """
         ...
 
-    def reconcile(self, *, unclaimed_after_ms: int) -> Reconciled:
-        """Requeue what runs under an expired lease, and name what may have to be sent again.
+    def reconcile(self, *, unclaimed_after_ms: int, spare_leases: bool = False) -> Reconciled:
+        """Requeue what runs under an expired lease, fail what waits past its deadline, name what may have to be sent.
 
+        That is also what has waited long enough for its retry.
+
+        With `spare_leases` no lease expires in this round: after an outage their holders must have had time to renew.
         A job that is queued for `unclaimed_after_ms` is named once per such period. Whether its message still waits
-        in the broker is the caller's to ask (`Reconciler` does).
+        in the broker is the caller's to ask (`Reconciler` does). One that a worker left to another is named in the next
+        round, since its message went with that claim.
         """
         ...
 

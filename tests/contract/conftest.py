@@ -6,17 +6,18 @@ import pytest
 
 from omnirt_tasks.jobs.connection import connect
 from omnirt_tasks.jobs.feed import RedisFeed
-from omnirt_tasks.jobs.memory import MemoryFeed, MemoryJobStore
+from omnirt_tasks.jobs.memory import MemoryJobStore
+from omnirt_tasks.jobs.memory_feed import MemoryFeed
 from omnirt_tasks.jobs.redis import RedisJobStore
 from omnirt_tasks.settings import Settings
-from tests.support.jobs import ManualClock, Rig, pass_redis_time
+from tests.support.jobs import DEATHS_MAX, ManualClock, Rig, ScriptClock, pass_redis_time
 
 JOB_TTL_S = 0.05
 
 
 def memory_rig() -> Rig:
     clock = ManualClock()
-    store = MemoryJobStore(job_ttl_s=JOB_TTL_S, now_ms=clock)
+    store = MemoryJobStore(job_ttl_s=JOB_TTL_S, deaths_max=DEATHS_MAX, now_ms=clock)
     return Rig(store, MemoryFeed(store), clock.pass_time)
 
 
@@ -27,8 +28,14 @@ def rig(request: pytest.FixtureRequest, settings: Settings) -> Iterator[Rig]:
         yield memory_rig()
         return
     client = connect(settings.redis_url)
-    store = RedisJobStore(client, prefix=settings.key_prefix, job_ttl_s=JOB_TTL_S)
+    store = RedisJobStore(client, prefix=settings.key_prefix, job_ttl_s=JOB_TTL_S, deaths_max=DEATHS_MAX)
+    clock = ScriptClock(store, client, prefix=settings.key_prefix)
     feed = RedisFeed(client, prefix=settings.key_prefix)
-    yield Rig(store, feed, lambda ms: pass_redis_time(client, ms))
+
+    def pass_time(ms: int) -> None:
+        clock.pass_time(ms)
+        pass_redis_time(client, ms)  # by which keys come to their end
+
+    yield Rig(store, feed, pass_time)
     feed.close()
     client.close()

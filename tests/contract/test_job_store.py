@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from threading import Barrier
 
 import pytest
@@ -11,156 +10,49 @@ import pytest
 from omnirt_tasks.contract import CancelOutcome, EventName, ExecutionMode, JobState, Phase, Task
 from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.errors import JobNotFound, QueueFull
-from omnirt_tasks.jobs.store import Cancelled, EventDraft, JobQuery, JobStore, Lease, Outcome, QueueDepth
-from tests.support.jobs import LONG_MS, Rig, failed, new_job, step, succeeded
+from omnirt_tasks.jobs.store import (
+    Cancelled,
+    Claim,
+    EventDraft,
+    JobQuery,
+    JobStore,
+    Lease,
+    Outcome,
+    QueueDepth,
+    Requeue,
+)
+from tests.support.jobs import LONG_MS, Rig, claimed, failed, new_job, step, succeeded, won
 
 # ---------------------------------------------------------------- states to start from
-
-
-def _claim(store: JobStore, job_id: str, lease_ttl_ms: int = LONG_MS) -> Lease:
-    claim = store.claim(job_id, worker_id="w1", lease_ttl_ms=lease_ttl_ms)
-    assert claim is not None
-    return claim.lease
 
 
 def _queued(rig: Rig) -> tuple[str, Lease, Lease]:
     """A job that waits for its second attempt: (id, the newest lease, an older one)."""
     job_id = rig.store.create(new_job()).record.id
-    older = _claim(rig.store, job_id)
-    assert rig.store.give_back(older, reason="test")
+    older = claimed(rig.store, job_id)
+    assert rig.store.give_back(older, Requeue("test"))
     return job_id, older, older
 
 
 def _running(rig: Rig) -> tuple[str, Lease, Lease]:
     job_id, older, _ = _queued(rig)
-    return job_id, _claim(rig.store, job_id), older
-
-
-def _asked_to_stop(rig: Rig) -> tuple[str, Lease, Lease]:
-    job_id, newest, older = _running(rig)
-    assert rig.store.cancel(job_id) is CancelOutcome.REQUESTED
-    return job_id, newest, older
+    return job_id, claimed(rig.store, job_id), older
 
 
 def _lapsed(rig: Rig) -> tuple[str, Lease, Lease]:
     """Running, under a lease that has expired."""
     job_id, older, _ = _queued(rig)
-    newest = _claim(rig.store, job_id, lease_ttl_ms=1)
+    newest = claimed(rig.store, job_id, lease_ttl_ms=1)
     rig.pass_time(2)
     return job_id, newest, older
 
 
-def _ended(rig: Rig, end: Callable[[str, Lease], object]) -> tuple[str, Lease, Lease]:
-    job_id, newest, older = _running(rig)
-    end(job_id, newest)
-    return job_id, newest, older
-
-
-STATES: dict[str, Callable[[Rig], tuple[str, Lease, Lease]]] = {
-    "queued": _queued,
-    "running": _running,
-    "asked_to_stop": _asked_to_stop,
-    "lapsed": _lapsed,
-    "succeeded": lambda rig: _ended(rig, lambda job_id, lease: rig.store.commit(lease, succeeded(job_id))),
-    "failed": lambda rig: _ended(rig, lambda _, lease: rig.store.commit(lease, failed())),
-    "cancelled": lambda rig: _ended(rig, lambda _, lease: rig.store.commit(lease, Cancelled())),
-}
-HELD = {"running", "asked_to_stop", "lapsed"}
-
-HOLDERS_CALLS: dict[str, Callable[[JobStore, Lease], bool]] = {
-    "renew": lambda store, lease: store.renew(lease, lease_ttl_ms=LONG_MS).held,
-    "append": lambda store, lease: store.append(lease, [step(1)]),
-    "succeed": lambda store, lease: store.commit(lease, succeeded(lease.job_id)),
-    "fail": lambda store, lease: store.commit(lease, failed()),
-    "cancel": lambda store, lease: store.commit(lease, Cancelled()),
-    "give_back": lambda store, lease: store.give_back(lease, reason="test"),
-}
-
-# ---------------------------------------------------------------- truth tables
-
-
-@pytest.mark.parametrize("whose", ["newest", "older", "forged", "of_no_job"])
-@pytest.mark.parametrize("call", HOLDERS_CALLS)
-@pytest.mark.parametrize("state", STATES)
-def test_only_the_holder_of_the_newest_lease_of_a_running_job_changes_it(
-    rig: Rig, state: str, call: str, whose: str
-) -> None:
-    job_id, newest, older = STATES[state](rig)
-    lease = {
-        "newest": newest,
-        "older": older,
-        "forged": replace(newest, token="forged"),
-        "of_no_job": replace(newest, job_id="nobody"),
-    }[whose]
-    before, log = rig.store.get(job_id), rig.store.events(job_id)
-
-    held = HOLDERS_CALLS[call](rig.store, lease)
-
-    assert held == (state in HELD and whose == "newest")
-    if not held:
-        assert rig.store.get(job_id) == before
-        assert rig.store.events(job_id) == log
-
-
-@pytest.mark.parametrize(
-    ("call", "state", "after", "event"),
-    [
-        ("renew", "running", JobState.RUNNING, EventName.JOB_STARTED),
-        ("append", "running", JobState.RUNNING, EventName.STAGE_PROGRESS),
-        ("succeed", "running", JobState.SUCCEEDED, EventName.JOB_FINISHED),
-        ("fail", "running", JobState.FAILED, EventName.JOB_FAILED),
-        ("cancel", "running", JobState.CANCELLED, EventName.JOB_CANCELLED),
-        ("give_back", "running", JobState.QUEUED, EventName.JOB_REQUEUED),
-        # The wish to cancel is granted where the attempt ends without an outcome; work that was done stays done.
-        ("give_back", "asked_to_stop", JobState.CANCELLED, EventName.JOB_CANCELLED),
-        ("succeed", "asked_to_stop", JobState.SUCCEEDED, EventName.JOB_FINISHED),
-        ("fail", "asked_to_stop", JobState.FAILED, EventName.JOB_FAILED),
-        # Nobody has acted on the expiry yet.
-        ("renew", "lapsed", JobState.RUNNING, EventName.JOB_STARTED),
-        ("succeed", "lapsed", JobState.SUCCEEDED, EventName.JOB_FINISHED),
-        ("give_back", "lapsed", JobState.QUEUED, EventName.JOB_REQUEUED),
-    ],
-)
-def test_a_holders_call_moves_the_job_and_logs_it(
-    rig: Rig, call: str, state: str, after: JobState, event: EventName
-) -> None:
-    job_id, newest, _ = STATES[state](rig)
-
-    assert HOLDERS_CALLS[call](rig.store, newest)
-
-    assert rig.store.get(job_id).record.state is after
-    assert rig.store.events(job_id)[-1].event is event
-
-
-@pytest.mark.parametrize(
-    ("state", "won", "after"),
-    [
-        ("queued", True, JobState.RUNNING),
-        ("running", False, JobState.RUNNING),
-        ("asked_to_stop", False, JobState.RUNNING),
-        ("lapsed", True, JobState.RUNNING),
-        ("succeeded", False, JobState.SUCCEEDED),
-        ("failed", False, JobState.FAILED),
-        ("cancelled", False, JobState.CANCELLED),
-    ],
-)
-def test_a_claim_wins_only_what_waits_or_has_lost_its_holder(rig: Rig, state: str, won: bool, after: JobState) -> None:
-    job_id, newest, _ = STATES[state](rig)
-
-    claim = rig.store.claim(job_id, worker_id="w2", lease_ttl_ms=LONG_MS)
-
-    assert (claim is not None) == won
-    assert rig.store.get(job_id).record.state is after
-    if claim is not None:
-        assert claim.lease.token != newest.token
-        assert claim.job == rig.store.get(job_id)
-        assert not rig.store.commit(newest, failed())
+# ---------------------------------------------------------------- claims and cancels
 
 
 def test_a_claim_that_takes_over_tells_that_the_job_was_requeued(rig: Rig) -> None:
     job_id, _, _ = _lapsed(rig)
-    claim = rig.store.claim(job_id, worker_id="w2", lease_ttl_ms=LONG_MS)
-    assert claim is not None
+    claimed(rig.store, job_id, worker_id="w2")
     told = [(event.event, event.data) for event in rig.store.events(job_id)[-2:]]
     assert told == [
         (EventName.JOB_REQUEUED, {"attempt": 2, "reason": "lease_expired"}),
@@ -170,45 +62,11 @@ def test_a_claim_that_takes_over_tells_that_the_job_was_requeued(rig: Rig) -> No
 
 def test_a_claim_of_what_was_to_be_cancelled_cancels_it(rig: Rig) -> None:
     job_id = rig.store.create(new_job()).record.id
-    _claim(rig.store, job_id, lease_ttl_ms=1)
+    claimed(rig.store, job_id, lease_ttl_ms=1)
     rig.store.cancel(job_id)
     rig.pass_time(2)
     assert rig.store.claim(job_id, worker_id="w2", lease_ttl_ms=LONG_MS) is None
     assert rig.store.get(job_id).record.state is JobState.CANCELLED
-
-
-@pytest.mark.parametrize(
-    ("state", "outcome", "after"),
-    [
-        ("queued", CancelOutcome.CANCELLED, JobState.CANCELLED),
-        ("running", CancelOutcome.REQUESTED, JobState.RUNNING),
-        ("asked_to_stop", CancelOutcome.REQUESTED, JobState.RUNNING),
-        ("lapsed", CancelOutcome.REQUESTED, JobState.RUNNING),
-        ("succeeded", CancelOutcome.ALREADY_FINISHED, JobState.SUCCEEDED),
-        ("failed", CancelOutcome.ALREADY_FINISHED, JobState.FAILED),
-        ("cancelled", CancelOutcome.ALREADY_FINISHED, JobState.CANCELLED),
-    ],
-)
-def test_a_cancel_does_what_the_state_allows(rig: Rig, state: str, outcome: CancelOutcome, after: JobState) -> None:
-    job_id, newest, _ = STATES[state](rig)
-    assert rig.store.cancel(job_id) is outcome
-    assert rig.store.get(job_id).record.state is after
-    if outcome is CancelOutcome.REQUESTED:
-        assert rig.store.renew(newest, lease_ttl_ms=LONG_MS).cancel_requested
-        assert rig.store.get(job_id).record.cancel_requested
-
-
-@pytest.mark.parametrize("state", STATES)
-def test_a_purge_removes_a_job_in_any_state_and_twice_does_no_harm(rig: Rig, state: str) -> None:
-    job_id, newest, _ = STATES[state](rig)
-    rig.store.purge(job_id)
-    rig.store.purge(job_id)
-    with pytest.raises(JobNotFound):
-        rig.store.get(job_id)
-    assert not rig.store.page(JobQuery("alice")).jobs
-    assert rig.store.depth("cpu-shapes") == QueueDepth(0, 0)
-    assert not rig.store.renew(newest, lease_ttl_ms=LONG_MS).held
-    assert rig.store.claim(job_id, worker_id="w", lease_ttl_ms=LONG_MS) is None
 
 
 @pytest.mark.parametrize(
@@ -252,7 +110,7 @@ def test_a_new_job_is_queued_and_reads_back_as_it_was_returned(rig: Rig) -> None
 def test_a_job_that_is_created_twice_is_one_job(rig: Rig) -> None:
     given = new_job()
     rig.store.create(given)
-    lease = _claim(rig.store, given.id)
+    lease = claimed(rig.store, given.id)
     again = rig.store.create(given)
     assert again.record.state is JobState.RUNNING
     assert rig.store.renew(lease, lease_ttl_ms=LONG_MS).held
@@ -261,10 +119,9 @@ def test_a_job_that_is_created_twice_is_one_job(rig: Rig) -> None:
 
 def test_the_straight_way_fills_the_record(rig: Rig) -> None:
     job_id = rig.store.create(new_job()).record.id
-    claim = rig.store.claim(
-        job_id, worker_id='cpu"0@host', lease_ttl_ms=LONG_MS, execution_mode=ExecutionMode.LEGACY_CALL
+    claim = won(
+        rig.store.claim(job_id, worker_id='cpu"0@host', lease_ttl_ms=LONG_MS, execution_mode=ExecutionMode.LEGACY_CALL)
     )
-    assert claim is not None
     record = claim.job.record
     assert (record.state, record.phase, record.attempt) == (JobState.RUNNING, Phase.WAITING, 1)
     assert (record.worker_id, record.execution_mode, record.queue) == ('cpu"0@host', ExecutionMode.LEGACY_CALL, None)
@@ -305,9 +162,9 @@ def test_a_failure_tells_its_error_in_record_and_log(rig: Rig) -> None:
 def test_a_requeued_job_forgets_its_attempt_and_keeps_its_place(rig: Rig) -> None:
     first = rig.store.create(new_job()).record.id
     second = rig.store.create(new_job()).record.id
-    lease = _claim(rig.store, first)
+    lease = claimed(rig.store, first)
     rig.store.append(lease, [EventDraft(EventName.STAGE_START, "denoise"), step(1)])
-    rig.store.give_back(lease, reason='the worker is "leaving"')
+    rig.store.give_back(lease, Requeue('the worker is "leaving"'))
 
     job = rig.store.get(first)
     assert (job.record.state, job.record.attempt) == (JobState.QUEUED, 1)
@@ -320,7 +177,7 @@ def test_a_requeued_job_forgets_its_attempt_and_keeps_its_place(rig: Rig) -> Non
 
 def test_the_log_counts_without_gaps_and_keeps_the_newest_thousand(rig: Rig) -> None:
     job_id = rig.store.create(new_job()).record.id
-    lease = _claim(rig.store, job_id)
+    lease = claimed(rig.store, job_id)
     for start in range(0, 1_200, 100):
         assert rig.store.append(lease, [step(number + 1, 1_200) for number in range(start, start + 100)])
     log = rig.store.events(job_id)
@@ -362,7 +219,7 @@ def test_a_full_queue_refuses_and_takes_again_when_one_leaves(rig: Rig) -> None:
     with pytest.raises(JobNotFound):
         rig.store.get("refused")
     rig.store.create(new_job(queue="cuda-sdxl"), queue_limit=2)
-    _claim(rig.store, first)
+    claimed(rig.store, first)
     rig.store.create(new_job(), queue_limit=2)
 
 
@@ -372,7 +229,7 @@ def test_position_and_depth_follow_the_jobs(rig: Rig) -> None:
     assert [rig.store.position(job_id) for job_id in (first, second, third, other)] == [1, 2, 3, 1]
     assert rig.store.queues() == ["cpu-shapes", "cuda-sdxl"]
 
-    lease = _claim(rig.store, first)
+    lease = claimed(rig.store, first)
     rig.store.cancel(second)
     assert [rig.store.position(job_id) for job_id in (first, second, third)] == [None, None, 1]
     assert rig.store.depth("cpu-shapes") == QueueDepth(waiting=1, running=1)
@@ -409,7 +266,7 @@ def test_the_last_page_says_so_when_it_is_exactly_full(rig: Rig) -> None:
 
 def test_a_listing_shows_the_owners_jobs_that_match_and_no_results(rig: Rig) -> None:
     done = rig.store.create(new_job()).record.id
-    rig.store.commit(_claim(rig.store, done), succeeded(done))
+    rig.store.commit(claimed(rig.store, done), succeeded(done))
     other_model = rig.store.create(new_job(model="sdxl")).record.id
     other_task = rig.store.create(new_job(task=Task.IMAGE2IMAGE)).record.id
     rig.store.create(new_job(owner="bob"))
@@ -449,7 +306,7 @@ def test_a_job_whose_lease_expired_after_its_cancel_is_cancelled_and_not_sent(ri
 
 
 def test_an_unclaimed_job_is_named_once_per_period(rig: Rig) -> None:
-    period_ms = 250
+    period_ms = 20
     job_id = rig.store.create(new_job()).record.id
 
     def named() -> list[tuple[str, str]]:
@@ -460,7 +317,7 @@ def test_an_unclaimed_job_is_named_once_per_period(rig: Rig) -> None:
         rig.pass_time(period_ms)
         assert named() == [(job_id, "cpu-shapes")]
         assert not named()
-    _claim(rig.store, job_id)
+    claimed(rig.store, job_id)
     rig.pass_time(period_ms)
     assert not named()
 
@@ -478,6 +335,17 @@ def test_a_finished_job_expires_and_is_found_to_be_purged(rig: Rig) -> None:
 
 
 # ---------------------------------------------------------------- races
+
+
+def test_a_job_of_another_queue_is_left_alone_whose_message_strayed(rig: Rig) -> None:
+    job_id = rig.store.create(new_job(queue="cpu-shapes")).record.id
+
+    stray = rig.store.claim(job_id, worker_id="w1", lease_ttl_ms=LONG_MS, queues=("cpu-stub-stub", "cpu-shapes+fast"))
+    meant = rig.store.claim(job_id, worker_id="w1", lease_ttl_ms=LONG_MS, queues=("cpu-stub-stub", "cpu-shapes"))
+
+    assert stray is None
+    assert isinstance(meant, Claim)
+    assert meant.lease.attempt == 1
 
 
 def test_of_many_claims_at_once_one_wins(rig: Rig) -> None:
@@ -501,7 +369,7 @@ def test_a_cancel_that_races_a_claim_is_never_lost(rig: Rig) -> None:
         def claim(job_id: str = job_id, start: Barrier = start) -> Lease | None:
             start.wait(10)
             claim = rig.store.claim(job_id, worker_id="w", lease_ttl_ms=LONG_MS)
-            return claim.lease if claim else None
+            return claim.lease if isinstance(claim, Claim) else None
 
         with ThreadPoolExecutor(1) as pool:
             claiming = pool.submit(claim)

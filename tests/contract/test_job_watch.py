@@ -12,15 +12,13 @@ from omnirt_tasks.contract import Event, EventName
 from omnirt_tasks.errors import JobNotFound, StoreUnavailable
 from omnirt_tasks.jobs.store import Cancelled, EventFeed, Lease, Missed, Subscription
 from omnirt_tasks.jobs.watch import wait_finished, watch
-from tests.support.jobs import LONG_MS, Rig, failed, new_job, step
+from tests.support.jobs import Rig, claimed, failed, new_job, step
 from tests.support.waiting import eventually
 
 
 def _start(rig: Rig) -> tuple[str, Lease]:
     job_id = rig.store.create(new_job()).record.id
-    claim = rig.store.claim(job_id, worker_id="w", lease_ttl_ms=LONG_MS)
-    assert claim is not None
-    return job_id, claim.lease
+    return job_id, claimed(rig.store, job_id)
 
 
 def _seqs(rig: Rig, job_id: str, after: int = 0) -> list[int]:

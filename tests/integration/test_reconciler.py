@@ -8,20 +8,23 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from time import monotonic
 from typing import Any
 
 import pytest
 
+from omnirt_tasks.broker_lists import celery_waiting
 from omnirt_tasks.celery_app import broker_prefix, make_app
 from omnirt_tasks.contract import JobState
-from omnirt_tasks.errors import JobNotFound, StorageError
+from omnirt_tasks.errors import StorageError, StoreUnavailable
 from omnirt_tasks.jobs.connection import connect
+from omnirt_tasks.jobs.housekeeping import Turn, everyones_turn
 from omnirt_tasks.jobs.memory import MemoryJobStore
-from omnirt_tasks.jobs.reconciler import Reconciler, celery_waiting, redis_turn
+from omnirt_tasks.jobs.reconciler import Reconciler, redis_age, redis_turn
 from omnirt_tasks.jobs.redis import RedisJobStore
-from omnirt_tasks.jobs.store import JobStore, StoredJob
+from omnirt_tasks.jobs.store import JobStore, Reconciled, Requeue, StoredJob
 from omnirt_tasks.settings import Settings
-from tests.support.jobs import LONG_MS, ManualClock, failed, new_job, pass_redis_time
+from tests.support.jobs import ManualClock, claimed, failed, new_job, pass_redis_time
 from tests.support.waiting import eventually
 
 PERIOD_S = 0.05
@@ -35,7 +38,6 @@ class Surroundings:
     sent: list[tuple[str, str]] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     fails: str | None = None
-    unremovable: set[str] = field(default_factory=set)
 
     def resend(self, job_id: str, queue: str) -> None:
         if self.fails:
@@ -43,8 +45,6 @@ class Surroundings:
         self.sent.append((job_id, queue))
 
     def remove_files(self, job: StoredJob) -> None:
-        if self.fails == job.record.id or job.record.id in self.unremovable:
-            raise StorageError("The storage is away.")
         self.removed.append(job.record.id)
 
 
@@ -52,16 +52,13 @@ def _greater(value: Callable[[], int], than: int) -> bool:
     return value() > than
 
 
-def _everyones_turn() -> AbstractContextManager[bool]:
-    return nullcontext(True)
-
-
 def _reconciler(
     store: JobStore,
     around: Surroundings,
     *,
-    turn: Callable[[], AbstractContextManager[bool]] = _everyones_turn,
-    housekeeping: Callable[[], object] = lambda: None,
+    turn: Turn = everyones_turn,
+    lease_ttl_s: float = 0.0,
+    store_age_s: Callable[[], float] = lambda: float("inf"),
 ) -> Reconciler:
     return Reconciler(
         store,
@@ -71,7 +68,8 @@ def _reconciler(
         waiting_in_broker=lambda _: around.in_broker,
         remove_files=around.remove_files,
         turn=turn,
-        housekeeping=housekeeping,
+        lease_ttl_s=lease_ttl_s,
+        store_age_s=store_age_s,
     )
 
 
@@ -121,95 +119,110 @@ def test_an_unclaimed_job_is_sent_again_unless_its_message_still_waits(
     assert sorted(around.sent[1:]) == sorted([(waits, "cpu-shapes"), (lost, "cpu-shapes")])
 
 
-def test_an_expired_job_loses_its_files_and_then_its_record(store: MemoryJobStore, clock: ManualClock) -> None:
+def test_a_job_that_was_accepted_without_a_message_gets_one(store: MemoryJobStore, clock: ManualClock) -> None:
     around = Surroundings()
-    job_id = store.create(new_job()).record.id
-    store.cancel(job_id)
-    clock.pass_time(10)
-    _reconciler(store, around).round()
-    assert around.removed == [job_id]
-    with pytest.raises(JobNotFound):
-        store.get(job_id)
+    job_id = store.create(new_job()).record.id  # its gateway was killed before it sent anything
+    reconciler = _reconciler(store, around)
+    reconciler.round()
+    assert not around.sent  # it may be on its way
+    clock.pass_time(30)
+    reconciler.round()
+    assert around.sent == [(job_id, "cpu-shapes")]
 
 
-def test_a_job_whose_files_cannot_be_removed_keeps_its_record_and_stops_no_other(
+def test_a_job_that_waits_for_its_retry_is_sent_when_it_is_due_and_not_before(
     store: MemoryJobStore, clock: ManualClock
 ) -> None:
-    stuck, other = (store.create(new_job()).record.id for _ in range(2))
-    store.cancel(stuck)
-    store.cancel(other)
-    clock.pass_time(10)
-    around = Surroundings(fails=stuck)
-    assert _reconciler(store, around).round()
-    assert around.removed == [other]
-    assert store.get(stuck).record.finished
-    around.fails = None
-    _reconciler(store, around).round()
-    assert around.removed == [other, stuck]
-
-
-def test_jobs_whose_files_cannot_be_removed_do_not_stand_in_the_way_of_the_others(
-    store: MemoryJobStore, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("omnirt_tasks.jobs.reconciler.SWEEP_LIMIT", 2)
-    stuck, others = set[str](), list[str]()
-    for number in range(7):
-        job_id = store.create(new_job()).record.id
-        store.cancel(job_id)
-        clock.pass_time(1)
-        if number < 3:
-            stuck.add(job_id)
-        else:
-            others.append(job_id)
-    clock.pass_time(10)
-    around = Surroundings(unremovable=stuck)
-    reconciler = _reconciler(store, around)
-    for _ in range(6):
-        reconciler.round()
-    assert around.removed == others
-    stuck.clear()
-    for _ in range(4):
-        reconciler.round()
-    assert not store.expired()
-
-
-@pytest.mark.parametrize("broken", ["sweep", "housekeeping"])
-def test_a_storage_that_fails_slows_no_recovery_and_is_logged_once_per_streak(
-    store: MemoryJobStore, clock: ManualClock, caplog: pytest.LogCaptureFixture, broken: str
-) -> None:
-    caplog.set_level(logging.INFO)
-    expired = store.create(new_job()).record.id
-    store.cancel(expired)
-    clock.pass_time(10)
-    lost = store.create(new_job()).record.id
-    faults = [OSError("the disk is full")] * 2
-
-    def tidy() -> None:
-        if faults:
-            raise faults.pop()
-
     around = Surroundings()
-    reconciler = _reconciler(store, around, housekeeping=tidy if broken == "housekeeping" else lambda: None)
-    reconciler._housekeeping_at = float("-inf")
-    if broken == "sweep":
-        around.unremovable = {expired}
-    for number in range(1, 4):
-        clock.pass_time(30)
-        reconciler._housekeeping_at = float("-inf")
-        if number == 3:
-            around.unremovable = set()
-        assert reconciler.round()  # and no fault goes on to the back-off
-        assert around.sent == [(lost, "cpu-shapes")] * number
-    assert caplog.text.count("further failures in a row are not logged") == 1
-    assert caplog.text.count("works again") == 1
+    job_id = store.create(new_job()).record.id
+    store.give_back(claimed(store, job_id), Requeue("error", retry=True, delay_ms=1_000))
+    reconciler = _reconciler(store, around)
+    for _ in range(9):
+        clock.pass_time(111)
+        reconciler.round()
+    assert not around.sent
+    clock.pass_time(1)
+    reconciler.round()
+    assert around.sent == [(job_id, "cpu-shapes")]
 
 
-def test_housekeeping_is_done_about_once_a_minute(store: MemoryJobStore) -> None:
-    calls: list[int] = []
-    reconciler = _reconciler(store, Surroundings(), housekeeping=lambda: calls.append(1))
+def test_a_job_that_waits_past_its_deadline_has_failed_and_is_not_sent(
+    store: MemoryJobStore, clock: ManualClock
+) -> None:
+    around = Surroundings()
+    job_id = store.create(new_job(deadline_s=1.0)).record.id
+    clock.pass_time(1_000)
+    _reconciler(store, around).round()
+    record = store.get(job_id).record
+    assert record.error is not None
+    assert (record.state, record.error.code) == (JobState.FAILED, "timeout")
+    assert not around.sent
+
+
+# ---------------------------------------------------------------- after an outage
+
+
+class AwayStore(MemoryJobStore):
+    """A store in memory that is away when told so."""
+
+    away = False
+
+    def reconcile(self, *, unclaimed_after_ms: int, spare_leases: bool = False) -> Reconciled:
+        if self.away:
+            raise StoreUnavailable("The job store does not answer.")
+        return super().reconcile(unclaimed_after_ms=unclaimed_after_ms, spare_leases=spare_leases)
+
+
+def test_after_an_outage_no_lease_expires_until_its_holder_could_renew_it(clock: ManualClock) -> None:
+    store, around = AwayStore(now_ms=clock), Surroundings()
+    job_id = store.create(new_job()).record.id
+    claimed(store, job_id, lease_ttl_ms=1)
+    reconciler = _reconciler(store, around, lease_ttl_s=0.1)
+    store.away = True
+    with pytest.raises(StoreUnavailable):
+        reconciler.round()
+    store.away = False
+    clock.pass_time(2)
+    began = monotonic()
+    reconciler.round()
+    spared = store.get(job_id).record.state is JobState.RUNNING
+
+    def expired() -> bool:
+        reconciler.round()
+        return store.get(job_id).record.state is JobState.QUEUED
+
+    eventually(expired)
+    assert spared
+    assert monotonic() - began >= 0.1
+
+
+def test_a_store_that_has_only_just_come_up_lets_no_lease_expire_yet(store: MemoryJobStore, clock: ManualClock) -> None:
+    around = Surroundings()
+    job_id = store.create(new_job()).record.id
+    claimed(store, job_id, lease_ttl_ms=1)
+    clock.pass_time(2)
+    _reconciler(store, around, lease_ttl_s=60, store_age_s=lambda: 1.0).round()
+    assert store.get(job_id).record.state is JobState.RUNNING
+    _reconciler(store, around, lease_ttl_s=60, store_age_s=lambda: 61.0).round()
+    assert store.get(job_id).record.state is JobState.QUEUED
+
+
+def test_the_store_is_asked_for_its_age_once(store: MemoryJobStore) -> None:
+    asked: list[float] = []
+
+    def age_s() -> float:
+        asked.append(1.0)
+        return 1.0
+
+    reconciler = _reconciler(store, Surroundings(), lease_ttl_s=60, store_age_s=age_s)
     for _ in range(3):
         reconciler.round()
-    assert len(calls) == 1
+    assert len(asked) == 1
+
+
+def test_redis_tells_how_long_it_has_been_up(client: Any) -> None:
+    age_s = redis_age(client)()
+    assert 0 <= age_s <= client.info("server")["uptime_in_seconds"]
 
 
 # ---------------------------------------------------------------- the thread
@@ -220,9 +233,7 @@ def test_the_thread_mends_on_real_redis(client: Any, settings: Settings) -> None
     around = Surroundings()
     lapsed, unclaimed, expired = (store.create(new_job()).record.id for _ in range(3))
     store.claim(lapsed, worker_id="w", lease_ttl_ms=1)
-    claim = store.claim(expired, worker_id="w", lease_ttl_ms=LONG_MS)
-    assert claim is not None
-    store.commit(claim.lease, failed())
+    store.commit(claimed(store, expired), failed())
     turn = redis_turn(client, prefix=settings.key_prefix, every_s=PERIOD_S)
     with closing(_reconciler(store, around, turn=turn)) as reconciler:
         reconciler.start()

@@ -3,23 +3,32 @@
 import json
 import socket
 from collections.abc import Callable, Iterator
-from importlib import resources
 from typing import Any
 
 import pytest
 import redis
 
-from omnirt_tasks.contract import ALLOWED_MOVES, CancelOutcome, JobState
+from omnirt_tasks.contract import ALLOWED_MOVES, CancelOutcome, ErrorInfo, JobState
 from omnirt_tasks.errors import StoreUnavailable
 from omnirt_tasks.jobs import effects
 from omnirt_tasks.jobs.connection import connect, reaching_store
 from omnirt_tasks.jobs.redis import RedisJobStore
-from omnirt_tasks.jobs.store import EventDraft, JobQuery, JobStore, Lease
+from omnirt_tasks.jobs.scripting import prelude
+from omnirt_tasks.jobs.store import Checkpoint, EventDraft, JobQuery, JobStore, Lease, Reconciled, Requeue
 from omnirt_tasks.settings import Settings
-from tests.support.jobs import LONG_MS, failed, new_job, pass_redis_time, step, succeeded
+from tests.support.jobs import (
+    LONG_MS,
+    claimed,
+    failed,
+    idempotency,
+    new_job,
+    pass_redis_time,
+    step,
+    succeeded,
+)
 from tests.support.processes import free_port
 
-PRELUDE = (resources.files("omnirt_tasks.jobs") / "scripts" / "prelude.lua").read_text()
+PRELUDE = prelude()
 
 
 @pytest.fixture
@@ -36,9 +45,7 @@ def store(client: Any, settings: Settings) -> RedisJobStore:
 
 def _running(store: JobStore) -> tuple[str, Lease]:
     job_id = store.create(new_job()).record.id
-    claim = store.claim(job_id, worker_id="w", lease_ttl_ms=LONG_MS)
-    assert claim is not None
-    return job_id, claim.lease
+    return job_id, claimed(store, job_id)
 
 
 # ---------------------------------------------------------------- the scripts and the contract
@@ -49,8 +56,14 @@ def test_the_scripts_and_the_contract_allow_the_same_moves(client: Any) -> None:
     assert moves == {state: dict.fromkeys(after, True) for state, after in ALLOWED_MOVES.items()}
 
 
-def test_the_scripts_keep_as_many_events_as_the_memory_store(client: Any) -> None:
-    assert client.eval(PRELUDE + "\nreturn LOG_LENGTH", 0, "p", "", "1", "") == effects.EVENT_LOG_LENGTH
+def test_the_scripts_have_the_rules_of_the_memory_store(client: Any) -> None:
+    def constant(name: str) -> Any:
+        return client.eval(f"{prelude(7)}\nreturn {name}", 0, "p", "", "1", "")
+
+    assert constant("LOG_LENGTH") == effects.EVENT_LOG_LENGTH
+    assert constant("DEATHS_MAX") == 7
+    assert ErrorInfo.model_validate_json(constant("WORKER_LOST")) == effects.died_too_often(7)
+    assert ErrorInfo.model_validate_json(constant("TIMED_OUT")) == effects.deadline_passed()
 
 
 @pytest.mark.parametrize("state", JobState)
@@ -83,69 +96,146 @@ class _Twice:
         return self._script(args=args)
 
 
-def test_a_call_that_is_sent_twice_counts_once(store: RedisJobStore) -> None:
+@pytest.fixture
+def store_without_answers(store: RedisJobStore) -> RedisJobStore:
     scripts = store._scripts._scripts
     store._scripts._scripts = {name: _Twice(script) for name, script in scripts.items()}  # type: ignore[misc]
+    return store
 
+
+def test_a_call_that_is_sent_twice_counts_once(store_without_answers: RedisJobStore) -> None:
+    store = store_without_answers
     job_id, lease = _running(store)
     assert lease.attempt == 1
     assert store.append(lease, [step(1)])
-    assert store.give_back(lease, reason="test")
-    claim = store.claim(job_id, worker_id="w", lease_ttl_ms=LONG_MS)
-    assert claim is not None
-    assert claim.lease.attempt == 2
-    assert store.commit(claim.lease, succeeded(job_id))
-    assert [event.seq for event in store.events(job_id)] == list(range(1, 7))
+    assert store.checkpoint(lease, name="a", step=1)
+    assert store.give_back(lease, Requeue("test", retry=True))
+    lease = claimed(store, job_id)
+    assert lease.attempt == 2
+    assert store.give_back(lease, Requeue("test", died=True))
+    job = store.get(job_id)
+    assert (job.retries, job.deaths, job.checkpoint) == (1, 1, Checkpoint(1, "a", 1))
+    assert store.commit(claimed(store, job_id), succeeded(job_id))
+    assert [event.seq for event in store.events(job_id)] == list(range(1, 10))
 
     queued = store.create(new_job()).record.id
     assert store.cancel(queued) is CancelOutcome.CANCELLED
-    assert store.state_counts()["text2image", "shapes", "unknown", "queued"] == 3
+    assert store.state_counts()["text2image", "shapes", "unknown", "queued"] == 4
 
 
-def test_a_lease_that_is_renewed_while_the_expired_ones_are_collected_stays(
+def test_a_submit_with_a_key_that_is_sent_twice_is_one_job(store_without_answers: RedisJobStore) -> None:
+    given = new_job(idempotency=idempotency())
+    assert store_without_answers.create(given).record.id == given.id
+    assert store_without_answers.depth("cpu-shapes").waiting == 1
+
+
+def test_a_round_whose_answers_were_lost_still_names_what_it_did(
+    store_without_answers: RedisJobStore, client: Any
+) -> None:
+    store = store_without_answers
+    lapsed, late = (store.create(new_job(deadline_s=deadline_s)).record.id for deadline_s in (None, 0.001))
+    claimed(store, lapsed, lease_ttl_ms=1)
+    pass_redis_time(client, 2)
+    found = store.reconcile(unclaimed_after_ms=LONG_MS)
+    assert (found.expired, found.overdue, found.resend) == ([lapsed], [late], [(lapsed, "cpu-shapes")])
+    assert store.get(lapsed).deaths == 1
+
+
+def test_what_changes_while_the_lapsed_jobs_are_collected_stays_changed(
     store: RedisJobStore, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job_id = store.create(new_job()).record.id
-    claim = store.claim(job_id, worker_id="w", lease_ttl_ms=1)
-    assert claim is not None
+    renewed, left = (claimed(store, store.create(new_job()).record.id, lease_ttl_ms=1) for _ in range(2))
     pass_redis_time(client, 2)
     run = store._scripts.run
 
-    def renew_after_overdue(name: str, *args: Any) -> Any:
+    def act_after_overdue(name: str, *args: Any) -> Any:
         answer = run(name, *args)
         if name == "overdue":
-            assert answer[0] == [job_id]
-            assert store.renew(claim.lease, lease_ttl_ms=LONG_MS).held
+            assert set(answer[0]) == {renewed.job_id, left.job_id}
+            assert store.renew(renewed, lease_ttl_ms=LONG_MS).held
+            assert store.give_back(left, Requeue("left"))
         return answer
 
-    monkeypatch.setattr(store._scripts, "run", renew_after_overdue)
-    assert not store.reconcile(unclaimed_after_ms=LONG_MS).resend
-    assert store.get(job_id).record.state is JobState.RUNNING
+    monkeypatch.setattr(store._scripts, "run", act_after_overdue)
+    assert store.reconcile(unclaimed_after_ms=LONG_MS) == Reconciled([], [], [])
+    assert store.get(renewed.job_id).record.state is JobState.RUNNING
+    assert store.get(left.job_id).record.state is JobState.QUEUED
 
 
 # ---------------------------------------------------------------- nothing stays for ever
 
 
-def test_the_keys_of_a_finished_job_have_an_end_even_if_no_sweeper_comes(
-    client: Any, store: RedisJobStore, settings: Settings
+DAY_MS = 24 * 3600 * 1000
+DEADLINE_MS = 150
+
+
+def _cancel_before_its_retry(store: RedisJobStore, job_id: str) -> None:
+    store.give_back(claimed(store, job_id), Requeue("error", retry=True, delay_ms=LONG_MS, avoid_ms=LONG_MS))
+    store.cancel(job_id)
+
+
+def _die_too_often(store: RedisJobStore, job_id: str) -> None:
+    for _ in range(effects.DEATHS_MAX):
+        store.give_back(claimed(store, job_id), Requeue("died", died=True))
+
+
+def _wait_for_a_retry_past_its_deadline(store: RedisJobStore, job_id: str) -> None:
+    store.give_back(claimed(store, job_id), Requeue("error", delay_ms=LONG_MS))
+    pass_redis_time(store._client, DEADLINE_MS)
+    store.reconcile(unclaimed_after_ms=LONG_MS)
+
+
+def _expire_past_its_deadline(store: RedisJobStore, job_id: str) -> None:
+    claimed(store, job_id, lease_ttl_ms=1)
+    pass_redis_time(store._client, DEADLINE_MS)
+    store.reconcile(unclaimed_after_ms=LONG_MS)
+
+
+ENDS: dict[str, Callable[[RedisJobStore, str], object]] = {
+    "committed": lambda store, job_id: store.commit(claimed(store, job_id), failed()),
+    "cancelled": lambda store, job_id: store.cancel(job_id),
+    "cancelled before its retry": _cancel_before_its_retry,
+    "a dead letter": _die_too_often,
+    "timed out": _wait_for_a_retry_past_its_deadline,
+    "expired past its deadline": _expire_past_its_deadline,
+}
+
+
+def _lasting_keys(client: Any, settings: Settings) -> set[str]:
+    keys = client.keys(f"{settings.key_prefix}:*")
+    return {key.removeprefix(f"{settings.key_prefix}:") for key in keys if client.pttl(key) == -1}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_job_that_is_over_waits_nowhere_and_its_keys_have_an_end_even_if_no_sweeper_comes(
+    client: Any, store: RedisJobStore, settings: Settings, end: str
 ) -> None:
-    job_id, lease = _running(store)
-    store.append(lease, [step(1)])
-    keys = [f"{settings.key_prefix}:{kind}:{job_id}" for kind in ("job", "log")]
-    assert [client.pttl(key) for key in keys] == [-1, -1]
-    store.commit(lease, failed())
-    day_ms = 24 * 3600 * 1000
-    assert all(day_ms - 5_000 < client.pttl(key) <= day_ms + 10 for key in keys)
+    job_id = store.create(new_job(deadline_s=DEADLINE_MS / 1000, idempotency=idempotency())).record.id
+    assert f"job:{job_id}" in _lasting_keys(client, settings)
+    ENDS[end](store, job_id)
+    assert store.get(job_id).record.finished
+    store.reconcile(unclaimed_after_ms=LONG_MS)
+    dead = {"dead:alice"} if store.get(job_id).record.dead_letter else set()
+    assert _lasting_keys(client, settings) == {"serial", "states", "finished", "owner:alice"} | dead
+    for kind in ("job", "log"):
+        assert DAY_MS - 5_000 < client.pttl(f"{settings.key_prefix}:{kind}:{job_id}") <= DAY_MS + 10
 
 
-def test_a_purged_job_leaves_no_key(client: Any, store: RedisJobStore, settings: Settings) -> None:
-    job_id, lease = _running(store)
-    store.append(lease, [step(1)])
-    store.commit(lease, failed())
+@pytest.mark.parametrize("end", ENDS)
+def test_a_purged_job_leaves_no_key(client: Any, store: RedisJobStore, settings: Settings, end: str) -> None:
+    job_id = store.create(new_job(deadline_s=DEADLINE_MS / 1000, idempotency=idempotency())).record.id
+    ENDS[end](store, job_id)
     store.purge(job_id)
     store.reconcile(unclaimed_after_ms=LONG_MS)
     lasting = {f"{settings.key_prefix}:{name}" for name in ("serial", "states")}
     assert set(client.keys(f"{settings.key_prefix}:*")) == lasting
+
+
+def test_a_key_whose_job_redis_dropped_is_free_again(client: Any, store: RedisJobStore, settings: Settings) -> None:
+    first = store.create(new_job(idempotency=idempotency())).record.id
+    client.delete(f"{settings.key_prefix}:job:{first}")
+    assert store.submitted("alice", idempotency()) is None
+    assert store.create(new_job(idempotency=idempotency(body="another"))).record.id != first
 
 
 def test_a_record_that_redis_dropped_is_forgotten_everywhere(
@@ -160,6 +250,14 @@ def test_a_record_that_redis_dropped_is_forgotten_everywhere(
     assert not store.expired()
     assert client.zcard(f"{settings.key_prefix}:finished") == 0
     assert client.zcard(f"{settings.key_prefix}:owner:alice") == 1
+
+
+def test_a_dead_letter_that_redis_dropped_is_forgotten(client: Any, store: RedisJobStore, settings: Settings) -> None:
+    job_id = store.create(new_job()).record.id
+    _die_too_often(store, job_id)
+    client.delete(f"{settings.key_prefix}:job:{job_id}")
+    assert not store.page(JobQuery("alice", dead_letters=True)).jobs
+    assert not client.exists(f"{settings.key_prefix}:dead:alice")
 
 
 def test_a_filtered_search_is_bounded_and_goes_on_from_its_cursor(store: RedisJobStore, monkeypatch: Any) -> None:
@@ -177,7 +275,7 @@ def test_a_filtered_search_is_bounded_and_goes_on_from_its_cursor(store: RedisJo
 def test_creating_a_job_is_one_round_trip(client: Any, store: RedisJobStore) -> None:
     store.create(new_job())
     client.config_resetstat()
-    store.create(new_job(), queue_limit=10)
+    store.create(new_job(deadline_s=1, idempotency=idempotency()), queue_limit=10)
     sent = {name for name in client.info("commandstats") if name not in {"cmdstat_config|resetstat", "cmdstat_info"}}
     direct = sent & {"cmdstat_evalsha", "cmdstat_eval", "cmdstat_script|load", "cmdstat_multi"}
     assert direct == {"cmdstat_evalsha"}
@@ -194,7 +292,10 @@ CALLS: dict[str, Callable[[JobStore], object]] = {
     "renew": lambda store: store.renew(Lease("a", 1, "t"), lease_ttl_ms=1),
     "append": lambda store: store.append(Lease("a", 1, "t"), [step(1)]),
     "commit": lambda store: store.commit(Lease("a", 1, "t"), failed()),
-    "give_back": lambda store: store.give_back(Lease("a", 1, "t"), reason="test"),
+    "submitted": lambda store: store.submitted("alice", idempotency()),
+    "checkpoint": lambda store: store.checkpoint(Lease("a", 1, "t"), name="n", step=1),
+    "forget_dead_letter": lambda store: store.forget_dead_letter("a"),
+    "give_back": lambda store: store.give_back(Lease("a", 1, "t"), Requeue("test")),
     "cancel": lambda store: store.cancel("a"),
     "purge": lambda store: store.purge("a"),
     "reconcile": lambda store: store.reconcile(unclaimed_after_ms=LONG_MS),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import redis
 
+from omnirt_tasks.clock import unix_ms
 from omnirt_tasks.contract import (
     Artifact,
     ArtifactKind,
@@ -20,15 +21,33 @@ from omnirt_tasks.contract import (
     Task,
 )
 from omnirt_tasks.contract.base import JsonObject
-from omnirt_tasks.jobs.store import EventDraft, EventFeed, Failed, JobStore, NewJob, Succeeded
+from omnirt_tasks.jobs.redis import RedisJobStore
+from omnirt_tasks.jobs.store import (
+    Claim,
+    EventDraft,
+    EventFeed,
+    Failed,
+    Idempotency,
+    JobStore,
+    Lease,
+    MustRunAlone,
+    NewJob,
+    Succeeded,
+)
 
 LONG_MS = 600_000
 """A lease that does not run out within a test."""
 
 
+CLOCK_OF_REDIS = "local time = redis.call('TIME')"
+
+DEATHS_MAX = 2
+"""How many deaths while alone a job may come to in a rig."""
+
+
 @dataclass(frozen=True)
 class Rig:
-    """A store, its feed, and `pass_time(ms)`, after which the store's clock has gone on by that much at least."""
+    """A store, its feed, and `pass_time(ms)`, which is all that the store's clock goes on by."""
 
     store: JobStore
     feed: EventFeed
@@ -46,6 +65,24 @@ class ManualClock:
 
     def pass_time(self, ms: int) -> None:
         self._now_ms += ms
+
+
+class ScriptClock:
+    """A clock that the scripts of a Redis store read in place of that of Redis; it goes on only when told."""
+
+    def __init__(self, store: RedisJobStore, client: redis.Redis, *, prefix: str) -> None:
+        told = f"local ms = tonumber(redis.call('GET', '{prefix}:clock'))"
+        for name, script in store._scripts._scripts.items():
+            text = str(script.script)
+            assert CLOCK_OF_REDIS in text
+            clock = f"{told} local time = {{ math.floor(ms / 1000), ms % 1000 * 1000 }}"
+            store._scripts._scripts[name] = client.register_script(text.replace(CLOCK_OF_REDIS, clock))
+        self._client = client
+        self._key = f"{prefix}:clock"
+        client.set(self._key, unix_ms())  # keys get their end by it, so it must not lie in the past
+
+    def pass_time(self, ms: int) -> None:
+        self._client.incrby(self._key, ms)
 
 
 def pass_redis_time(client: redis.Redis, ms: int) -> None:
@@ -69,6 +106,8 @@ def new_job(
     model: str = "shapes",
     task: Task = Task.TEXT2IMAGE,
     config: JsonObject | None = None,
+    deadline_s: float | None = None,
+    idempotency: Idempotency | None = None,
 ) -> NewJob:
     """A job as the gateway would hand it to the store."""
     resolved = ResolvedRequest(
@@ -78,11 +117,37 @@ def new_job(
         inputs=Inputs(prompt=prompt),
         config=config or {"num_inference_steps": 4, "seed": 7},
         metadata={"who": "test"},
+        deadline_s=deadline_s,
     )
     request: JsonObject = {"task": task.value, "model": model, "inputs": {"prompt": prompt}}
     return NewJob(
-        job_id or str(uuid.uuid4()), owner, queue, request, resolved, trace_id="trace", traceparent="00-parent"
+        job_id or str(uuid.uuid4()),
+        owner,
+        queue,
+        request,
+        resolved,
+        trace_id="trace",
+        traceparent="00-parent",
+        idempotency=idempotency,
     )
+
+
+def idempotency(key: str = "key", *, body: str = "body", ttl_ms: int = LONG_MS) -> Idempotency:
+    """A caller's own name for a submit."""
+    return Idempotency(key, fingerprint=body, ttl_ms=ttl_ms)
+
+
+def won(claim: Claim | MustRunAlone | None) -> Claim:
+    """The claim, which the test relies on to have been won."""
+    assert isinstance(claim, Claim), f"not claimed: {claim}"
+    return claim
+
+
+def claimed(
+    store: JobStore, job_id: str, *, worker_id: str = "w1", lease_ttl_ms: int = LONG_MS, alone: bool = True
+) -> Lease:
+    """The lease of an attempt that begins now; alone, since that way any waiting job is claimed."""
+    return won(store.claim(job_id, worker_id=worker_id, lease_ttl_ms=lease_ttl_ms, alone=alone)).lease
 
 
 def succeeded(job_id: str, *, mode: ExecutionMode = ExecutionMode.MODULAR) -> Succeeded:

@@ -1,17 +1,34 @@
--- Begins the next attempt. ARGV: token, lease_ttl_ms, worker_id, worker_id as JSON, execution_mode or "".
--- Answers the whole record, or nil when there is nothing to do.
+-- Begins the next attempt. ARGV: token, lease_ttl_ms, worker_id, worker_id as JSON, execution_mode or "", alone (0 | 1),
+-- then the queues whose jobs may be claimed ("*": any).
+-- Answers the whole record, nil when there is nothing to do, or "must run alone".
 local token, lease_ttl_ms, worker_id, worker_json, mode = ARGV[5], tonumber(ARGV[6]), ARGV[7], ARGV[8], ARGV[9]
+local alone = ARGV[10] == '1'
+
+local function served(queue)
+  for i = 11, #ARGV do
+    if ARGV[i] == queue or ARGV[i] == '*' then return true end
+  end
+  return false
+end
 
 local job = load()
-if not job then return nil end
+if not job or not served(job.queue) then return nil end
 if held(job, token) then return redis.call('HGETALL', job_key) end -- the answer was lost on its way
 if job.state == 'running' then
-  if tonumber(job.lease_expires_at_ms) > now then return nil end
-  release(job, '"lease_expired"')
+  if not passed(job.lease_expires_at_ms) then return nil end
+  expire(job)
 elseif job.state == 'queued' and job.cancel_requested then
   finish(job, 'cancelled', 'job_cancelled', '{}')
+elseif job.state == 'queued' and passed(job.deadline_at_ms) then
+  fail(job, TIMED_OUT)
 end
 if job.state ~= 'queued' then return nil end
+if job.not_before_ms and not passed(job.not_before_ms) then return nil end
+if job.avoided_worker == worker_id and not passed(job.avoided_until_ms) then
+  redis.call('ZADD', sent_key(job.queue), 0, id) -- its message is gone now: the next round sends it again
+  return nil
+end
+if job.runs_alone and not alone then return 'must run alone' end
 
 if mode ~= '' then
   job.execution_mode = mode
@@ -22,6 +39,7 @@ local attempt = redis.call('HINCRBY', job_key, 'attempt', 1)
 local lease_expires_at_ms = now + lease_ttl_ms
 redis.call('HSET', job_key, 'token', token, 'worker_id', worker_id, 'phase', 'waiting', 'started_at_ms', now,
   'lease_expires_at_ms', lease_expires_at_ms)
+if alone then redis.call('HSET', job_key, 'alone', 1) end
 redis.call('ZADD', running_key(job.queue), lease_expires_at_ms, id)
 append('job_started', '"job"', '{"attempt":' .. attempt .. ',"worker_id":' .. worker_json .. '}')
 return redis.call('HGETALL', job_key)

@@ -1,10 +1,10 @@
 -- Prepended to every script: the keys, the clock, and the moves of a job's life.
 --   ARGV: prefix, job id ("" where the script is about no single job), job_ttl_ms, call, then the script's own
+--   Constants from effects.py stand before it: LOG_LENGTH, DEATHS_MAX, and the errors WORKER_LOST and TIMED_OUT as JSON
 -- Keys follow from the prefix and the record (its queue, its owner), so the scripts need one Redis, not a cluster.
 
 local prefix, id, job_ttl_ms, call = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
 
-local LOG_LENGTH = 1000
 local DAY_MS = 24 * 3600 * 1000
 
 local MOVES = {
@@ -20,15 +20,20 @@ local queues_key, finished_key, states_key = prefix .. ':queues', prefix .. ':fi
 
 local function waiting_key(queue) return prefix .. ':waiting:' .. queue end -- id → serial, the order of arrival
 local function sent_key(queue) return prefix .. ':sent:' .. queue end -- waiting id → when its message was last sent
+local function delayed_key(queue) return prefix .. ':delayed:' .. queue end -- waiting id → when it is to be sent
+local function deadlines_key(queue) return prefix .. ':deadlines:' .. queue end -- waiting id → its deadline
 local function running_key(queue) return prefix .. ':running:' .. queue end -- id → when its lease expires
 local function owner_key(owner) return prefix .. ':owner:' .. owner end -- id → serial
+local function dead_key(owner) return prefix .. ':dead:' .. owner end -- id → serial
+local function idempotency_key(owner, digest) return prefix .. ':idempotency:' .. owner .. ':' .. digest end
 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
 local FIELDS = {
   'state', 'queue', 'owner', 'serial', 'task', 'model', 'execution_mode', 'attempt', 'token', 'lease_expires_at_ms',
-  'cancel_requested', 'call', 'answer',
+  'cancel_requested', 'deadline_at_ms', 'worker_id', 'alone', 'runs_alone', 'deaths', 'not_before_ms',
+  'avoided_worker', 'avoided_until_ms', 'idempotency', 'call', 'answer',
 }
 
 -- What the scripts need of the record, or nil for an unknown job.
@@ -50,6 +55,9 @@ local function held(job, token) return job and job.state == 'running' and job.to
 
 local function over(job) return next(MOVES[job.state]) == nil end
 
+-- Whether a time of the record, if it has it, has come.
+local function passed(ms) return ms and tonumber(ms) <= now end
+
 -- `stage` and `data` are JSON already. The log, and whoever watches, get the same text.
 local function append(event, stage, data)
   local seq = redis.call('HINCRBY', job_key, 'seq', 1)
@@ -70,17 +78,27 @@ local function enter(job, state)
     error({ err = 'ILLEGALMOVE ' .. job.state .. ' to ' .. state })
   end
   redis.call('HSET', job_key, 'state', state)
-  redis.call('HDEL', job_key, 'phase', 'token', 'lease_expires_at_ms')
+  redis.call('HDEL', job_key, 'phase', 'token', 'lease_expires_at_ms', 'alone', 'not_before_ms', 'avoided_worker',
+    'avoided_until_ms')
   redis.call('ZREM', waiting_key(job.queue), id)
   redis.call('ZREM', sent_key(job.queue), id)
   redis.call('ZREM', running_key(job.queue), id)
+  if job.not_before_ms then redis.call('ZREM', delayed_key(job.queue), id) end
+  if job.deadline_at_ms then redis.call('ZREM', deadlines_key(job.queue), id) end
   count(job, state)
-  job.state = state
+  job.state, job.not_before_ms, job.avoided_worker = state, nil, nil
 end
 
-local function wait_in_queue(job)
+-- It is claimed, and its message sent, not before `delay_ms` have passed.
+local function wait_in_queue(job, delay_ms)
   redis.call('ZADD', waiting_key(job.queue), job.serial, id)
-  redis.call('ZADD', sent_key(job.queue), now, id)
+  if delay_ms > 0 then
+    redis.call('ZADD', delayed_key(job.queue), now + delay_ms, id)
+    redis.call('HSET', job_key, 'not_before_ms', now + delay_ms)
+  else
+    redis.call('ZADD', sent_key(job.queue), now, id)
+  end
+  if job.deadline_at_ms then redis.call('ZADD', deadlines_key(job.queue), job.deadline_at_ms, id) end
   redis.call('SADD', queues_key, job.queue)
 end
 
@@ -100,11 +118,41 @@ local function finish(job, state, event, data)
   redis.call('PEXPIREAT', log_key, expires_at_ms + DAY_MS)
 end
 
--- An attempt is over and the job is not: back to its old place in the queue, unless nobody wants it any more.
-local function release(job, reason)
-  if job.cancel_requested then return finish(job, 'cancelled', 'job_cancelled', '{}') end
-  enter(job, 'queued')
-  redis.call('HDEL', job_key, 'worker_id', 'started_at_ms', 'step', 'total')
-  wait_in_queue(job)
-  append('job_requeued', '"job"', '{"attempt":' .. job.attempt .. ',"reason":' .. reason .. '}')
+local function fail(job, error_json)
+  finish(job, 'failed', 'job_failed', '{"error":' .. error_json .. '}')
+  redis.call('HSET', job_key, 'error', error_json)
 end
+
+-- An attempt is over and the job is not: back to its old place in the queue, unless nobody wants it any more, its time
+-- is over, or it is to blame. `how`: died, alone, retry as booleans, delay_ms and avoid_ms (see Requeue).
+local function release(job, reason, how)
+  local to_blame = how.died and job.alone
+  local deaths = tonumber(job.deaths or 0) + (to_blame and 1 or 0)
+  local worker_id, delay_ms, avoid_ms = job.worker_id, how.delay_ms or 0, how.avoid_ms or 0
+  if job.cancel_requested then
+    finish(job, 'cancelled', 'job_cancelled', '{}')
+  elseif passed(job.deadline_at_ms) then
+    fail(job, TIMED_OUT)
+  elseif to_blame and deaths >= DEATHS_MAX then
+    fail(job, WORKER_LOST)
+    redis.call('HSET', job_key, 'dead_letter', 1)
+    redis.call('ZADD', dead_key(job.owner), job.serial, id)
+  else
+    enter(job, 'queued')
+    redis.call('HDEL', job_key, 'worker_id', 'started_at_ms', 'step', 'total')
+    wait_in_queue(job, delay_ms)
+    if avoid_ms > 0 then
+      redis.call('HSET', job_key, 'avoided_worker', worker_id, 'avoided_until_ms', now + delay_ms + avoid_ms)
+    end
+    append('job_requeued', '"job"', '{"attempt":' .. job.attempt .. ',"reason":' .. reason .. '}')
+  end
+  if to_blame then redis.call('HSET', job_key, 'deaths', deaths) end
+  if how.retry then redis.call('HINCRBY', job_key, 'retries', 1) end
+  if how.died or how.alone then
+    job.runs_alone = '1'
+    redis.call('HSET', job_key, 'runs_alone', 1)
+  end
+end
+
+-- What ran a job under a lease that has expired is dead, as far as anybody can tell.
+local function expire(job) release(job, '"lease_expired"', { died = true }) end
