@@ -20,6 +20,9 @@ from omnirt_tasks.contract.base import JsonObject
 from workers.device import DeviceCall, DeviceClosed, DeviceThread
 from workers.host import HostEvent, InterruptReason, OnEvent, RunOrder
 
+# Makes a device call for a job, in the stage it belongs to (None: the present one).
+OnDevice = Callable[[DeviceCall, str | None], Any]
+
 _CURRENT: ContextVar["JobContext | None"] = ContextVar("omnirt_current_job", default=None)
 
 
@@ -50,6 +53,7 @@ class JobContext:
         self.latent_stats: JsonObject | None = None
         self.timings_ms: dict[str, float] = {}
         self.stages: list[tuple[str, int, int]] = []
+        self.stand_in: OnDevice | None = None  # takes the denoiser's calls in the device's stead, while it is there
         self._on_event = on_event
         self._stage: str | None = None
         self._stage_since_s = 0.0
@@ -192,6 +196,14 @@ class JobContext:
         """Show a small picture of how far the job has come."""
         data: JsonObject = {"step": step, "mime": mime, "data_b64": base64.b64encode(picture).decode("ascii")}
         self.emit(EventName.PREVIEW, self._stage or "denoise", data)
+
+    def checkpoint(self, step: int, file: str) -> None:
+        """Say that the state after `step` is kept, as `file` in the order's folder for checkpoints."""
+        self.emit(EventName.CHECKPOINT, self._stage or "denoise", {"step": step, "file": file})
+
+    def resumed(self, step: int, total: int) -> None:
+        """Say that the run goes on after step `step` of `total`, which another attempt has made."""
+        self.emit(EventName.RESUMED, self._stage or "denoise", {"step": step, "total": total})
 
     def emit(self, event: EventName, stage: str, data: JsonObject | None = None) -> None:
         """Tell what happened."""

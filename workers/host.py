@@ -46,6 +46,10 @@ class RunOrder:
 
     Outputs are written into `output_dir` (exists, empty, the attempt's own). `files` maps an input ("image", "mask",
     "audio") to its local file. A preview is made every `preview_every_steps` steps; 0 is never.
+
+    A model that keeps checkpoints writes them into `checkpoint_dir` (exists; None: it keeps none) and tells of each
+    whole file by a CHECKPOINT event {step, file}; the file is the reader's from then on. With `resume_from`, such a
+    file of an earlier attempt, the run goes on after its step; one that does not fit is no reason to fail.
     """
 
     job_id: str
@@ -54,6 +58,8 @@ class RunOrder:
     output_dir: Path
     files: dict[str, Path] = field(default_factory=dict)
     preview_every_steps: int = 0
+    checkpoint_dir: Path | None = None
+    resume_from: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from omnirt_tasks.registry.decoders import KL_F8_BYTES_PER_PIXEL
 from omnirt_tasks.registry.loading import load_diffusers
 from omnirt_tasks.registry.presets import whichever
 from omnirt_tasks.registry.runnable import DiffusersModel
-from omnirt_tasks.registry.spec import LoadRequest, ModelSpec, TaskSpec, Verification
+from omnirt_tasks.registry.spec import Checkpointing, LoadRequest, ModelSpec, TaskSpec, Verification
 
 GIB = 1024**3
 SIZE_PX = 1024
@@ -59,6 +59,7 @@ def _model(
         loader=load,
         verified=Verification.TINY_WEIGHTS,
         adapters=("lora",),
+        checkpointing=Checkpointing(every_s=30),
     )
 
 

@@ -6,7 +6,7 @@ from omnirt_tasks.registry.decoders import CAUSAL_PICTURE_BYTES_PER_PIXEL, CAUSA
 from omnirt_tasks.registry.loading import load_diffusers
 from omnirt_tasks.registry.presets import whichever
 from omnirt_tasks.registry.runnable import DiffusersModel
-from omnirt_tasks.registry.spec import LoadRequest, ModelSpec, TaskSpec, Verification
+from omnirt_tasks.registry.spec import Checkpointing, LoadRequest, ModelSpec, TaskSpec, Verification
 
 GIB = 1024**3
 DTYPE = "bf16"
@@ -53,5 +53,6 @@ SPECS = (
         loader=load,
         verified=Verification.TINY_WEIGHTS,
         adapters=("lora",),
+        checkpointing=Checkpointing(every_s=30),
     ),
 )

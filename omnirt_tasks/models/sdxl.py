@@ -7,7 +7,7 @@ from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.registry import options
 from omnirt_tasks.registry.loading import load_diffusers
 from omnirt_tasks.registry.runnable import DiffusersModel
-from omnirt_tasks.registry.spec import LoadRequest, ModelSpec, TaskSpec, Verification
+from omnirt_tasks.registry.spec import Checkpointing, LoadRequest, ModelSpec, TaskSpec, Verification
 
 GIB = 1024**3
 SIZE_PX = 1024
@@ -72,6 +72,7 @@ def _model(model_id: str, summary: str, tasks: Mapping[Task, TaskSpec], tier: Ti
         loader=load,
         verified=Verification.TINY_WEIGHTS,
         adapters=("lora",),
+        checkpointing=Checkpointing(every_s=30),
     )
 
 

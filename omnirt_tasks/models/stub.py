@@ -49,6 +49,7 @@ SPECS = (
                         ),
                         _at_step("stall_at_step", "The step before which the job idles off the device, for stall_ms."),
                         Option("stall_ms", OptionKind.NUMBER, 1_000.0, "How long it idles.", 0, HOUR_MS, unit="ms"),
+                        _at_step("checkpoint_every_steps", "Every how many steps its state is kept."),
                         _at_step("hang_at_step", "The step that never returns."),
                         _at_step("crash_at_step", "The step that ends its process, or holds it for ever."),
                         Option("crash", OptionKind.TEXT, "kill", "How that step does it.", choices=CRASHES),

@@ -11,7 +11,7 @@ from omnirt_tasks.registry.decoders import (
 from omnirt_tasks.registry.loading import load_diffusers
 from omnirt_tasks.registry.presets import whichever
 from omnirt_tasks.registry.runnable import DiffusersModel
-from omnirt_tasks.registry.spec import LoadRequest, ModelSpec, Needs, TaskSpec, Verification
+from omnirt_tasks.registry.spec import Checkpointing, LoadRequest, ModelSpec, Needs, TaskSpec, Verification
 
 GIB = 1024**3
 DTYPE = "bf16"
@@ -64,5 +64,6 @@ SPECS = (
         loader=load,
         verified=Verification.TINY_WEIGHTS,
         adapters=("lora",),
+        checkpointing=Checkpointing(every_s=30),
     ),
 )

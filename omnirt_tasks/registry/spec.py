@@ -75,6 +75,14 @@ class Needs:
     packages: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Checkpointing:
+    """When a long job's denoising state is kept: after so many steps, or so many seconds, whichever comes first."""
+
+    every_steps: int | None = None
+    every_s: float | None = None
+
+
 def _say_nothing(part: str, done: int, total: int) -> None:
     del part, done, total
 
@@ -114,7 +122,7 @@ class ModelSpec:
     `working_bytes_per_pixel` to `tile_px`, as `footprint.Decoding` says.
 
     `adapters`, `quantisations` and `chunkable` say what a model could take; no request may ask for the first two yet,
-    and nothing merges yet.
+    and nothing merges yet. `checkpointing` says when a job's state is kept, so that another attempt goes on there.
     """
 
     id: str
@@ -142,3 +150,4 @@ class ModelSpec:
     adapters: tuple[str, ...] = ()
     quantisations: tuple[str, ...] = ()
     chunkable: bool = False
+    checkpointing: Checkpointing | None = None

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from omnirt_tasks.registry.spec import ModelSpec, Option, Verification
+from omnirt_tasks.registry.spec import Checkpointing, ModelSpec, Option, Verification
 
 GIB = 1024**3
 COLUMNS = ("model", "tasks", "mode", "queue", "backends", "memory", "verified", "options")
@@ -49,7 +49,7 @@ def _cells(spec: ModelSpec) -> list[str]:
 
 
 def _options(spec: ModelSpec) -> str:
-    lines = [f"**`{spec.id}`**: {spec.summary}", ""]
+    lines = [f"**`{spec.id}`**: {spec.summary}{_kept(spec.checkpointing)}", ""]
     for task, its in spec.tasks.items():
         inputs = [*(f"{name} (needed)" for name in its.required_inputs), *its.optional_inputs]
         fields = [
@@ -59,6 +59,17 @@ def _options(spec: ModelSpec) -> str:
         told = f" Options: {', '.join(map(_told, fields))}." if fields else ""
         lines.append(f"- {task}: inputs {', '.join(inputs)}.{told}")
     return "\n".join([*lines, ""])
+
+
+def _kept(checkpointing: Checkpointing | None) -> str:
+    if checkpointing is None:
+        return ""
+    times = []
+    if checkpointing.every_steps is not None:
+        times.append(f"{checkpointing.every_steps} steps")
+    if checkpointing.every_s is not None:
+        times.append(f"{checkpointing.every_s:g} s")
+    return f" A job's state is kept every {' or '.join(times)}."
 
 
 def _told(option: Option) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from omnirt_tasks.contract import EventName, ExecutionMode, Inputs, ResolvedRequest, Task
 from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.registry import DiffusersModel, LoadRequest, ModelSpec, discover
+from omnirt_tasks.registry.spec import Checkpointing
 from workers.backends import driver
 from workers.host import DeviceHost, HostEvent, RunOrder, RunOutcome
 from workers.thread_host import ThreadHost
@@ -156,16 +157,22 @@ def family_bench(
     cache_size: int = 2,
     dtype: str | None = None,
     more: Mapping[str, Path] | None = None,
+    checkpointing: Checkpointing | None = None,
 ) -> tuple[Bench, Loads]:
     """A host of a model with the weights of `folder`, loaded by its family's own loader; `more` has further models.
 
-    `mode` overrides the spec's way to run it; `dtype` what the device can do.
+    `mode` overrides the spec's way to run it, `checkpointing` what it keeps; `dtype` what the device can do.
     """
     catalog = discover()
     loads = Loads(dtype)
     folders = {model_id: folder, **(more or {})}
     models = [
-        dataclasses.replace(spec, loader=loads, execution_mode=mode or spec.execution_mode)
+        dataclasses.replace(
+            spec,
+            loader=loads,
+            execution_mode=mode or spec.execution_mode,
+            checkpointing=checkpointing or spec.checkpointing,
+        )
         for spec in map(catalog.find, folders)
     ]
     host = ThreadHost(

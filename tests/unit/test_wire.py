@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -97,6 +98,21 @@ def test_a_run_is_told_from_its_first_event_to_its_end_under_the_key_it_was_give
     told = until(here, Ended)
     assert [message.key for message in told if isinstance(message, Told)] == [41, 42]
     assert told[-1] == Ended(42, RunInterrupted(InterruptReason.CANCEL))
+
+
+def test_an_order_arrives_with_every_folder_and_file_that_it_names(
+    served: tuple[FakeHost, Connection, threading.Thread], tmp_path: Path
+) -> None:
+    host, here, _ = served
+    sent = replace(
+        order(),
+        files={"image": tmp_path / "image"},
+        checkpoint_dir=tmp_path / "checkpoints",
+        resume_from=tmp_path / "step-6.checkpoint",
+    )
+    here.send(Submit(1, sent))
+    until(here, Told)
+    assert [arrived for arrived, _, _ in host.runs] == [sent]
 
 
 def test_a_close_gives_back_what_runs_and_all_is_told_before_the_end(

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from omnirt_tasks.contract import Backend, ExecutionMode
 from omnirt_tasks.errors import ConfigurationError
 from omnirt_tasks.registry import LoadRequest, ModelSpec
+from omnirt_tasks.registry.spec import Checkpointing
 from workers.context import JobContext
 from workers.host import OutputFile, RunOrder
 
@@ -24,12 +25,14 @@ class LoadedModel:
     """What an executor loaded, for itself alone; `placement` maps each part to its device.
 
     `size_bytes` is what it takes of the device's memory. `close` ends what dropping it would not: processes.
+    `checkpointing` says when its runs keep their state (None: never).
     """
 
     content: Any = None
     placement: Mapping[str, str] = field(default_factory=dict)
     size_bytes: int = 0
     close: Callable[[], object] = _nothing_to_end
+    checkpointing: Checkpointing | None = None
 
 
 class Executor(Protocol):

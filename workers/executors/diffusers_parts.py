@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from omnirt_tasks.contract import Task
 from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.registry import DiffusersModel, LoadRequest, ModelSpec
+from workers.checkpoints import CheckpointWriter
 from workers.context import JobContext, current_job
 from workers.executors import LoadedModel
 from workers.executors.pictures import picture_seed, save_pictures
@@ -100,13 +101,16 @@ class DiffusersExecutor(ABC, Generic[S]):
             send_to_device(components, compiled=request.compile)
             tokenizers = {name: part for name, part in components.items() if name.startswith(LENT_COMPONENTS)}
             return LoadedModel(
-                self._shared(loaded, Lender(tokenizers)), placement(components), size_bytes=size_bytes(components)
+                self._shared(loaded, Lender(tokenizers)),
+                placement(components),
+                size_bytes=size_bytes(components),
+                checkpointing=spec.checkpointing,
             )
 
     def run(self, model: LoadedModel, order: RunOrder, job: JobContext) -> tuple[OutputFile, ...]:
         """Raises NonFiniteOutput rather than give a picture made from NaN."""
         job.stage("encode_prompt")
-        numbers = self._call(model.content, order, job)
+        numbers = self._call(model.content, order, job, CheckpointWriter(job, model.checkpointing))
         job.check()
         job.stage("export")
         return _save(numbers, order, job)
@@ -128,7 +132,7 @@ class DiffusersExecutor(ABC, Generic[S]):
         """What the jobs of a freshly loaded model share."""
 
     @abstractmethod
-    def _call(self, shared: S, order: RunOrder, job: JobContext) -> Any:
+    def _call(self, shared: S, order: RunOrder, job: JobContext, checkpoints: CheckpointWriter) -> Any:
         """Run the job's own pipeline; its output in numbers from 0 to 1, as `output_type="pt"` gives them."""
 
 

@@ -17,14 +17,15 @@ from omnirt_tasks.errors import ModelFailed, NonFiniteOutput
 from workers.context import current_job
 from workers.device import DeviceCall
 
+DENOISE = "denoise"
 # Which stage a job is in while it calls a component, by the beginning of the component's name; others change nothing.
 STAGE_OF_COMPONENT: Mapping[str, str] = {
     "text_encoder": "encode_prompt",
     "image_encoder": "encode_prompt",
-    "unet": "denoise",
-    "transformer": "denoise",
-    "prior": "denoise",
-    "controlnet": "denoise",
+    "unet": DENOISE,
+    "transformer": DENOISE,
+    "prior": DENOISE,
+    "controlnet": DENOISE,
 }
 # What `compile` compiles.
 DENOISERS = ("unet", "transformer")
@@ -111,7 +112,10 @@ def _wrap(module: nn.Module, method: str, original: Callable[..., Any], stage: s
         job = current_job()
         if job is None:
             return original(*args, **kwargs)
-        return job.on_device(DeviceCall(module, in_job, args, kwargs), stage)
+        call = DeviceCall(module, in_job, args, kwargs)
+        if stage == DENOISE and job.stand_in is not None:
+            return job.stand_in(call, stage)
+        return job.on_device(call, stage)
 
     setattr(module, method, on_device)
 

@@ -11,6 +11,7 @@ from typing import Any
 from omnirt_tasks.contract import Task
 from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.registry import DiffusersModel
+from workers.checkpoints import CheckpointWriter
 from workers.context import JobContext
 from workers.executors.diffusers_parts import DiffusersExecutor, Lender, call_arguments, own_components
 from workers.host import RunOrder
@@ -30,13 +31,15 @@ class LegacyCallExecutor(DiffusersExecutor[SharedPipelines]):
     def _shared(self, loaded: DiffusersModel, tokenizers: Lender) -> SharedPipelines:
         return SharedPipelines(loaded.by_task, tokenizers)
 
-    def _call(self, shared: SharedPipelines, order: RunOrder, job: JobContext) -> Any:
+    def _call(self, shared: SharedPipelines, order: RunOrder, job: JobContext, checkpoints: CheckpointWriter) -> Any:
         from workers.executors.steps import count_steps
 
         with shared.tokenizers.lent() as tokenizers:
             pipeline = own_pipeline(shared.by_task[order.request.task], tokenizers, order.request.config)
-            count_steps(pipeline.scheduler, getattr(pipeline, "vae", None), job)
-            result = pipeline(**call_arguments(inspect.signature(type(pipeline).__call__).parameters, order))
+            arguments = call_arguments(inspect.signature(type(pipeline).__call__).parameters, order)
+            generators = arguments.get("generator", ())
+            count_steps(pipeline.scheduler, getattr(pipeline, "vae", None), job, generators, checkpoints)
+            result = pipeline(**arguments)
         return result.frames if hasattr(result, "frames") else result.images
 
 

@@ -15,6 +15,7 @@ from omnirt_tasks.contract import Task
 from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.errors import ConfigurationError
 from omnirt_tasks.registry import DiffusersModel
+from workers.checkpoints import CheckpointWriter
 from workers.context import JobContext
 from workers.executors.diffusers_parts import (
     DiffusersExecutor,
@@ -70,13 +71,15 @@ class ModularExecutor(DiffusersExecutor[SharedBlocks]):
             tokenizers=tokenizers,
         )
 
-    def _call(self, shared: SharedBlocks, order: RunOrder, job: JobContext) -> Any:
+    def _call(self, shared: SharedBlocks, order: RunOrder, job: JobContext, checkpoints: CheckpointWriter) -> Any:
         from workers.executors.steps import count_steps
 
         with shared.tokenizers.lent() as tokenizers:
             pipeline = own_pipeline(shared.pipeline, tokenizers, order)
-            count_steps(pipeline.scheduler, getattr(pipeline, "vae", None), job)
-            return pipeline(**_arguments(pipeline, shared, order), output=shared.output)
+            arguments = _arguments(pipeline, shared, order)
+            generators = arguments.get("generator", ())
+            count_steps(pipeline.scheduler, getattr(pipeline, "vae", None), job, generators, checkpoints)
+            return pipeline(**arguments, output=shared.output)
 
 
 def own_pipeline(shared: Any, tokenizers: Mapping[str, Any], order: RunOrder) -> Any:

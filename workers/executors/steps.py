@@ -1,4 +1,4 @@
-"""Counts a job's steps at its own `scheduler.step`, and shows how far the picture has come.
+"""Counts a job's steps at its own `scheduler.step`, shows how far the picture has come, and keeps its state.
 
 Denoiser calls are not steps: guidance may call twice, Heun twice. The scheduler steps exactly once each.
 """
@@ -6,23 +6,34 @@ Denoiser calls are not steps: guidance may call twice, Heun twice. The scheduler
 import functools
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 
+from workers.checkpoints import CheckpointWriter
 from workers.context import JobContext
 from workers.device import DeviceCall
+from workers.executors.denoising_state import run_name, state_after
 from workers.executors.pictures import PNG, png_bytes
+from workers.executors.replay import Replay
 
 log = logging.getLogger(__name__)
 
 PREVIEW_SIDE_PX = 64
 
 
-def count_steps(scheduler: Any, vae: Any, job: JobContext) -> None:
-    """Wrap the step of the job's own scheduler: progress, cancel, previews, and facts of the last latents."""
+def count_steps(
+    scheduler: Any, vae: Any, job: JobContext, generators: Sequence[torch.Generator], checkpoints: CheckpointWriter
+) -> None:
+    """Wrap the step of the job's own scheduler: progress, cancel, previews, checkpoints, facts of the last latents.
+
+    `generators` are the job's own, whose state a checkpoint keeps; from one, the run goes on if its order has one.
+    """
     original = scheduler.step
+    run = run_name(job.order, scheduler)
+    replay = Replay(job, scheduler, generators, run)
     done = total = 0
     previews = hasattr(vae, "decode")
 
@@ -33,13 +44,18 @@ def count_steps(scheduler: Any, vae: Any, job: JobContext) -> None:
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
         if not done:
             total = steps_of_run(scheduler, timestep)
-        result = original(*args, **kwargs)
         done += 1
+        if replay.under_way:
+            return replay.passed(done)
+        result = original(*args, **kwargs)
+        if done == 1 and replay.begins(total, result):
+            return replay.passed(done)
         job.step(done, total, float(timestep))
         if done == total:
             job.latent_stats = _stats(result[0])
         elif previews and job.wants_preview(done, total):
             previews = _show(_predicted(result), vae, job, done)
+        checkpoints.after(done, total, lambda: state_after(done, total, result[0], scheduler, generators, run).encode())
         return result
 
     scheduler.step = step

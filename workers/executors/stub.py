@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import logging
 import os
 import signal
 import threading
@@ -11,12 +12,16 @@ from PIL import Image, ImageDraw
 from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.errors import NonFiniteOutput
 from omnirt_tasks.registry import LoadRequest, ModelSpec
+from omnirt_tasks.registry.spec import Checkpointing
 from workers.backends.cpu import process_peak_bytes
+from workers.checkpoints import CheckpointUnusable, CheckpointWriter, read_checkpoint
 from workers.context import JobContext
 from workers.device import DeviceCall
 from workers.executors import LoadedModel
 from workers.executors.pictures import PNG, picture_seed, png_bytes, save_pictures
 from workers.host import OutputFile, RunOrder
+
+log = logging.getLogger(__name__)
 
 DEFAULT_SIZE_PX = 64
 DEFAULT_STEPS = 8
@@ -41,7 +46,11 @@ class StubExecutor:
             job.on_device(DeviceCall(model, forward, (step,)), stage)
 
         on_device("encode_prompt")
-        for step in range(1, total + 1):
+        checkpoints = CheckpointWriter(job, Checkpointing(every_steps=_integer(config, "checkpoint_every_steps")))
+        before = _steps_before(order, total)
+        if before:
+            job.resumed(before, total)
+        for step in range(before + 1, total + 1):
             if step == _integer(config, "stall_at_step"):
                 job.device.closing.wait(_milliseconds(config, "stall_ms", default=1000.0) / 1000)
             on_device("denoise", step)
@@ -49,6 +58,7 @@ class StubExecutor:
             if job.wants_preview(step, total):
                 preview = _picture(order, index=0, size=(PREVIEW_SIDE_PX, PREVIEW_SIDE_PX))
                 job.preview(step, PNG, png_bytes(preview))
+            checkpoints.after(step, total, str(step).encode)
         on_device("decode")
         if config.get("non_finite") is True:
             raise NonFiniteOutput("The model's output holds NaN or infinity.", "The stub was told to (non_finite).")
@@ -124,6 +134,18 @@ def _picture(order: RunOrder, index: int, size: tuple[int, int]) -> Image.Image:
         x, y = left * width // 256, top * height // 256
         draw.rectangle((x, y, x + width // 4, y + height // 4), fill=(red, green, blue))
     return picture
+
+
+def _steps_before(order: RunOrder, total: int) -> int:
+    """How many steps an earlier attempt has made: all that there is to know of one."""
+    if order.resume_from is None:
+        return 0
+    try:
+        steps = int(read_checkpoint(order.resume_from))
+    except (CheckpointUnusable, ValueError):
+        log.warning("the run begins anew, its checkpoint is of no use", exc_info=True)
+        return 0
+    return steps if 0 < steps < total else 0
 
 
 def _integer(config: JsonObject, name: str) -> int | None:
