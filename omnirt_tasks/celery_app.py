@@ -87,6 +87,7 @@ def _settings_of_celery(settings: Settings) -> dict[str, Any]:
         "task_track_started": True,
         "task_send_sent_event": False,  # it would halve the rate of submits; Flower sees a job when a worker takes it
         "worker_send_task_events": True,
+        "worker_consumer": "workers.consumer:SoundConsumer",
         "worker_pool": "threads",
         "worker_concurrency": settings.concurrency,
         "worker_prefetch_multiplier": 1,

@@ -6,16 +6,19 @@
     worker_shutting_down  grace, then every job is given back, so that Celery's warm shutdown ends
     DeviceStep.stop       ends it all, once no job is in hand
 
+From afar the control commands `drain` and `in_hand` do and tell the same (see `omnirt worker drain`).
 Celery sends these signals in worker processes alone. The receivers do nothing for an app that is not ours.
 """
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from celery import bootsteps, signals
-from celery.exceptions import WorkerShutdown
+from celery.exceptions import CPendingDeprecationWarning
+from celery.worker.control import control_command, inspect_command
 
 from omnirt_tasks.celery_app import TasksApp
 from omnirt_tasks.errors import ConfigurationError, OmnirtError
@@ -25,6 +28,7 @@ from omnirt_tasks.routing import queues_served, worker_tags
 from omnirt_tasks.settings import Settings
 from omnirt_tasks.tasks import GENERATE, send_job
 from workers.backends.probing import probe_apart
+from workers.consumption import CeleryConsumption
 from workers.devices import DeviceLock, devices_of, take_device
 from workers.plan import BY_PREFERENCE, Plan, plan_for_backend, plan_for_queues
 from workers.tasks import GenerateTask
@@ -32,7 +36,6 @@ from workers.tasks import GenerateTask
 logger = logging.getLogger(__name__)
 
 CELERYS_OWN_NAME = "celery"
-TAKE_NOTHING = -1  # Celery takes 0 for the pool's size
 
 
 @dataclass(frozen=True)
@@ -95,19 +98,8 @@ class DeviceStep(bootsteps.StartStopStep):
     def start(self, worker: Any) -> None:
         from workers.serving import Serving  # the device side, in workers alone
 
-        ended: list[int] = []
-
-        def admit(messages: int) -> None:
-            """The admission limit of `worker_disable_prefetch`, from now on."""
-            worker.max_concurrency = messages if messages and not ended else TAKE_NOTHING
-            worker.hub.call_soon(_look_again)
-
-        def end(status: int) -> None:
-            ended.append(status)
-            admit(0)
-            worker.hub.call_soon(_shut_down, status)
-
-        worker.max_concurrency = TAKE_NOTHING  # until the device is there
+        consumption = CeleryConsumption(worker)
+        consumption.admit(0)  # until the device is there
         try:
             self._serving = Serving(
                 self._app.settings,
@@ -117,14 +109,14 @@ class DeviceStep(bootsteps.StartStopStep):
                 worker_id=worker.hostname,
                 concurrency=worker.concurrency,
                 resend=lambda job_id, queue: send_job(self._app, job_id, queue),
-                on_available=admit,
-                on_ended=end,
+                consumption=consumption,
             )
         except OmnirtError as error:
             logger.critical("%s", error)
             raise SystemExit(1) from error
         task: Any = self._app.tasks[GENERATE]
         task.runner = self._serving.runner
+        worker.serving = self._serving  # for the control commands
         signals.worker_ready.connect(self._announce, weak=False)
         signals.worker_shutting_down.connect(self._leave, weak=False)
 
@@ -144,16 +136,25 @@ class DeviceStep(bootsteps.StartStopStep):
         self._serving.announce()
 
     def _leave(self, how: str = "Warm", **_: Any) -> None:
-        if self._serving is not None:
-            self._serving.leave(self._app.settings.grace_s if how == "Warm" else 0.0)
+        if self._serving is None:
+            return
+        if how != "Warm":
+            self._serving.leave(0.0)
+        elif not self._serving.leaving:
+            self._serving.leave(self._app.settings.grace_s)
 
 
-def _look_again() -> None:
-    """Nothing: the hub, once awake, sees the new limit by itself; asleep it would take up to a second."""
+def drain(state: Any, grace_s: float | None = None, **_: Any) -> dict[str, Any]:
+    """Take no more, let the jobs in hand finish for `grace_s` seconds, give the rest back, and shut down."""
+    worker = state.consumer.controller
+    worker.serving.drain(state.app.settings.grace_s if grace_s is None else float(grace_s))
+    return {"ok": "draining"}
 
 
-def _shut_down(status: int) -> None:
-    raise WorkerShutdown(status)
+def in_hand(state: Any, **_: Any) -> dict[str, Any]:
+    """How many jobs the worker has in hand, and since when it runs."""
+    serving = state.consumer.controller.serving
+    return {"jobs": serving.runner.running, "started_at_ms": serving.started_at_ms, "leaving": serving.leaving}
 
 
 def _log_as(settings: Settings) -> Callable[..., None]:
@@ -185,7 +186,11 @@ def prepare(instance: Any, options: dict[str, Any], **_: Any) -> None:
         name = app.settings.worker_name or f"{seat.plan.backend}-{seat.device.index}"
         instance.hostname = f"{name}@{host}"
     instance.seat = seat
+    # It says again with every lost connection what the settings have settled.
+    warnings.filterwarnings("ignore", category=CPendingDeprecationWarning, module="celery.worker.consumer")
     if options.get("logfile") is None:
         signals.setup_logging.connect(_log_as(app.settings), weak=False)
+    control_command(args=[("grace_s", float)], signature="[grace_s]")(drain)
+    inspect_command()(in_hand)
     app.register_task(GenerateTask())
     app.steps["worker"].add(DeviceStep)

@@ -1,6 +1,7 @@
 """OmniEngine: jobs in this process, with no Redis, no Celery and no gateway.
 
 submit ─► Submission (store in memory) ─► a pool of threads ─► AttemptRunner ─► ThreadHost
+                                             └─◄ Reconciler: what waited for its retry
 """
 
 import logging
@@ -28,8 +29,11 @@ from omnirt_tasks.contract import (
 )
 from omnirt_tasks.errors import BackendUnsupported, ConfigurationError, Internal, JobTimeout, OmnirtError
 from omnirt_tasks.jobs.fleet import MemoryFleet
-from omnirt_tasks.jobs.memory import MemoryFeed, MemoryJobStore
-from omnirt_tasks.jobs.store import Failed, JobQuery, Lease
+from omnirt_tasks.jobs.housekeeping import everyones_turn
+from omnirt_tasks.jobs.memory import MemoryJobStore
+from omnirt_tasks.jobs.memory_feed import MemoryFeed
+from omnirt_tasks.jobs.reconciler import Reconciler
+from omnirt_tasks.jobs.store import Claim, Failed, JobQuery, Lease, StoredJob
 from omnirt_tasks.jobs.watch import wait_finished, watch
 from omnirt_tasks.registry import Catalog, discover
 from omnirt_tasks.routing import parse_queue, queues_served, worker_tags
@@ -52,6 +56,7 @@ RECORD_TTL_S = 24 * 3600.0
 FOREVER_MS = 100 * 365 * 24 * 3600 * 1000
 LONG_S = 365 * 24 * 3600.0
 CLOSE_TIMEOUT_S = 10.0
+RECONCILE_EVERY_S = 0.25
 
 
 class OmniEngine:
@@ -94,7 +99,7 @@ class OmniEngine:
             max_bytes=self._settings.max_upload_bytes,
             max_pixels=self._settings.max_image_pixels,
         )
-        self._store = MemoryJobStore(job_ttl_s=RECORD_TTL_S)
+        self._store = MemoryJobStore(job_ttl_s=RECORD_TTL_S, deaths_max=self._settings.deaths_max)
         self._feed = MemoryFeed(self._store)
         self._feed.on_cancel(self._interrupt)
         self._catalog = self._catalog_of_plans()
@@ -111,6 +116,16 @@ class OmniEngine:
         self._devices: dict[str, tuple[DeviceHost, AttemptRunner]] = {}
         self._closing = threading.Lock()  # guards: nothing is given to the pool once the engine is closed
         self._closed = False
+        self._reconciler = Reconciler(
+            self._store,
+            every_s=RECONCILE_EVERY_S,
+            unclaimed_after_s=LONG_S,  # a job that waits is in the pool
+            resend=self._again,
+            waiting_in_broker=lambda _: frozenset(),
+            remove_files=self._remove_files,
+            turn=everyones_turn,
+        )
+        self._reconciler.start()
 
     def submit(self, request: GenerateRequest) -> JobRecord:
         """Queue a job. Its `backend` is one that this engine has, or "auto".
@@ -120,7 +135,6 @@ class OmniEngine:
         """
         if self._closed:
             raise _closed_engine()
-        self._forget_expired()
         spec = self._catalog.find(request.model)
         if not spec.backends:
             raise BackendUnsupported(
@@ -167,6 +181,7 @@ class OmniEngine:
             if self._closed:
                 return
             self._closed = True
+        self._reconciler.close()
         for state in (JobState.QUEUED, JobState.RUNNING):
             self._cancel_all(state)
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -225,26 +240,35 @@ class OmniEngine:
         return fleet
 
     def _send(self, job_id: str, queue: str) -> None:
+        if not self._take(job_id, queue):
+            raise _closed_engine()
+
+    def _again(self, job_id: str, queue: str) -> None:
+        self._take(job_id, queue)
+
+    def _take(self, job_id: str, queue: str) -> bool:
+        """Give the job to the pool; false, and it is cancelled, once the engine is closed."""
         with self._closing:
             if not self._closed:
                 self._pool.submit(self._run, job_id, parse_queue(queue).backend)
-                return
+                return True
         self._store.cancel(job_id)
-        raise _closed_engine()
+        return False
 
     def _run(self, job_id: str, backend: str) -> None:
         try:
             runner = self._runner(backend)
-            if runner is not None:
-                runner.run(job_id)
+            end = runner.run(job_id) if runner is not None else None
+            if end is not None and end.to_send:
+                self._again(job_id, end.job.queue)
         except Exception as error:  # the boundary of the pool's thread: the job must still end
             logger.exception("Job %s could not be begun.", job_id)
             self._fail(job_id, error)
 
     def _fail(self, job_id: str, error: Exception) -> None:
         known = error if isinstance(error, OmnirtError) else Internal("The job could not be begun; the log has why.")
-        claim = self._store.claim(job_id, worker_id=WORKER_ID, lease_ttl_ms=round(LEASE_TTL_S * 1000))
-        if claim is not None:  # it was cancelled meanwhile otherwise
+        claim = self._store.claim(job_id, worker_id=WORKER_ID, lease_ttl_ms=round(LEASE_TTL_S * 1000), alone=True)
+        if isinstance(claim, Claim):  # it was cancelled meanwhile otherwise
             self._store.commit(claim.lease, Failed(known.info()))
 
     def _runner(self, backend: str) -> AttemptRunner | None:
@@ -274,6 +298,8 @@ class OmniEngine:
             lease_ttl_s=LEASE_TTL_S,
             job_timeout_s=self._settings.job_timeout_s,
             preview_every_steps=self._settings.preview_every_steps,
+            retries_max=self._settings.retries_max,
+            retry_backoff_s=self._settings.retry_backoff_s,
             address=self._address,
             execution_mode=plan.execution_mode,
         )
@@ -296,14 +322,10 @@ class OmniEngine:
                 return
             query = JobQuery(owner=NOBODY, limit=100, state=state, cursor=page.next_cursor)
 
-    def _forget_expired(self) -> None:
-        for job in self._store.expired():
-            try:
-                if self._output_dir is None:  # files in a folder of the caller's are the caller's
-                    self._artifacts.remove_job(job.record.id)
-                self._store.purge(job.record.id)
-            except OmnirtError as error:
-                logger.warning("Job %s stays behind: %s", job.record.id, error)
+    def _remove_files(self, job: StoredJob) -> None:
+        if self._output_dir is None:  # files in a folder of the caller's are the caller's
+            self._artifacts.remove_job(job.record.id)
+        self._uploads.remove_inputs(job.record.id, job.resolved.inputs)
 
 
 def _closed_engine() -> ConfigurationError:

@@ -212,7 +212,13 @@ class ProcessHost:
         self._on_available(True)
 
     def _note(self, state: State) -> None:
-        self._capability, self._memory_bytes = state.capability, state.memory_bytes
+        with self._lock:
+            self._capability, self._memory_bytes = state.capability, state.memory_bytes
+            unfit = self._available and not state.health.ok
+            if unfit:  # it is about to end: what comes now is to have no part in that
+                self._available, self._detail = False, state.health.detail
+        if unfit:
+            self._on_available(False)
 
     def _note_gone(self, gone: Gone) -> None:
         with self._lock:

@@ -1,6 +1,6 @@
 """Everything that one worker process runs beside Celery, in the order in which it starts and ends.
 
-device host ─ attempts ─ cancel notices ─ reconciler ─ heartbeat
+device host ─ attempts ─ cancel notices ─ reconciler ─ heartbeat ─ canary
 
 The device host is a child process for every real backend, so that this process holds no torch.
 """
@@ -17,16 +17,20 @@ from contextlib import ExitStack, suppress
 
 from prometheus_client import CollectorRegistry
 
+from omnirt_tasks.celery_app import broker_prefix
 from omnirt_tasks.clock import unix_ms
 from omnirt_tasks.contract import Backend, WorkerCapability
 from omnirt_tasks.errors import ConfigurationError, StoreUnavailable
-from omnirt_tasks.jobs.store import EventFeed
+from omnirt_tasks.jobs.fleet import Fleet
+from omnirt_tasks.jobs.store import EventFeed, StoredJob
 from omnirt_tasks.observability import tracing
 from omnirt_tasks.observability.metrics import DeviceMetrics, MetricsServer
 from omnirt_tasks.settings import Placement, Settings
 from omnirt_tasks.stores import open_stores
 from workers.attempts import AttemptRunner
 from workers.backends.cpu import host_memory_bytes
+from workers.canary import Canary, heads_in_broker
+from workers.consumption import Consumption
 from workers.devices import SHARED_BACKENDS, DeviceLock
 from workers.heartbeat import Heartbeat
 from workers.host import DeviceHost, HostConfig
@@ -48,10 +52,10 @@ EXIT_UNUSABLE = 1
 class Serving:
     """A worker at work on its device, from construction to `close`.
 
-    `queues` are those that it takes messages from. `resend` puts a job's message on its queue. `on_available` is told,
-    from any thread, how many messages the worker is to take at once: none while no job could begin. `on_ended` is
-    called once, from any thread, when the device can serve no more, by its own fault (EXIT_STUCK) or the
-    configuration's (EXIT_UNUSABLE): the worker is to end with that status.
+    `queues` are those that it takes messages from. `resend` puts a job's message on its queue. `consumption` is told
+    how many messages to hold: as many as `concurrency` while jobs can begin, none while the device is away or a job
+    waits to have it alone. It is ended when the worker can serve no more: by the fault of the device or of the
+    consumption itself (EXIT_STUCK), or of the configuration (EXIT_UNUSABLE).
     """
 
     def __init__(
@@ -64,18 +68,17 @@ class Serving:
         worker_id: str,
         concurrency: int,
         resend: Callable[[str, str], None],
-        on_available: Callable[[int], object] = lambda _: None,
-        on_ended: Callable[[int], object],
+        consumption: Consumption,
     ) -> None:
         self._settings = settings
         self._queues = tuple(queues)
         self._worker_id = worker_id
         self._concurrency = concurrency
-        self._on_available = on_available
-        self._on_ended = on_ended
+        self._consumption = consumption
         self._stuck = threading.Lock()  # taken once, and never let go
-        self._announcing = threading.Lock()  # guards the two below
-        self._announced = self._available = False
+        self._admitting = threading.Lock()  # guards the order of what consumption is told
+        self._announcing = threading.Lock()
+        self._announced = self._available = self._crowded = self._leaving = False
         self._grace: threading.Timer | None = None
         self._started_at_ms = unix_ms()
         with ExitStack() as undo:
@@ -108,6 +111,11 @@ class Serving:
                 execution_mode=plan.execution_mode,
                 tracing=tracer,
                 metrics=DeviceMetrics(registry),
+                on_crowded=self._set_crowded,
+                serves_elsewhere=lambda job: _served_beside(stores.fleet, worker_id, job),
+                queues=self._queues,
+                retries_max=settings.retries_max,
+                retry_backoff_s=settings.retry_backoff_s,
             )
             undo.callback(self.runner.close)
             undo.callback(stores.feed.close)  # before the runner, which its cancels reach
@@ -131,28 +139,54 @@ class Serving:
             reconciler.start()
             self._heartbeat = Heartbeat(stores.fleet, self._capability, every_s=settings.heartbeat_s)
             undo.callback(self._heartbeat.close)
+            self._canary = Canary(
+                consumption,
+                heads_in_broker(stores.broker, prefix=broker_prefix(settings)),
+                stall_after_s=settings.stall_after_s,
+                on_lost=self._lose_consumption,
+            )
+            undo.callback(self._canary.close)
             self._undo = undo.pop_all()
         if not apart:
             self._set_available(True)
 
+    @property
+    def leaving(self) -> bool:
+        """Whether it was asked to leave."""
+        return self._leaving
+
+    @property
+    def started_at_ms(self) -> int:
+        """When it began, Unix ms; with the worker's id it names this run of the worker."""
+        return self._started_at_ms
+
     def announce(self) -> None:
         """Say that this worker takes jobs, once its device does: routing counts on it from then on. Idempotent."""
-        with self._announcing:
-            self._announced = True
-            self._begin_heartbeat()
+        self._announced = True
+        self._begin_heartbeat()
+        self._canary.start()
 
     def leave(self, grace_s: float) -> None:
-        """No new job is routed here; those in hand may end by themselves for `grace_s`, then they are given back.
+        """Take and be routed no new job; those in hand may end by themselves for `grace_s`, then they are given back.
 
         Asked again, it only shortens the grace to nothing.
         """
+        self._leaving = True
         if self._grace is None:
             self._grace = threading.Timer(grace_s, self.runner.give_back_all)
             self._grace.name, self._grace.daemon = "leave-grace", True
             self._grace.start()
-            threading.Thread(target=self._heartbeat.withdraw, name="leave", daemon=True).start()
+            # A signal may have come while this very thread holds a lock of the consumption or the heartbeat.
+            threading.Thread(target=self._withdraw, name="leave", daemon=True).start()
         elif grace_s == 0:
             self.runner.give_back_all()
+
+    def drain(self, grace_s: float) -> None:
+        """Leave, and once no job is in hand have the worker shut down. Returns at once."""
+        if self._leaving:
+            return
+        self.leave(grace_s)
+        threading.Thread(target=self._end_once_idle, name="drain", daemon=True).start()
 
     def close(self) -> None:
         """Wait for what runs, then end everything, last started first. Idempotent."""
@@ -172,18 +206,32 @@ class Serving:
             recycling=Recycling(self._settings.recycle_after_jobs, self._settings.recycle_above_bytes),
             on_line=_relay,
             on_available=self._set_available,
-            on_unusable=lambda _: self._on_ended(EXIT_UNUSABLE),
+            on_unusable=lambda _: self._consumption.end(EXIT_UNUSABLE),
         )
 
     def _set_available(self, available: bool) -> None:
-        self._on_available(self._concurrency if available else 0)
-        with self._announcing:
-            self._available = available
-            self._begin_heartbeat()
+        self._available = available
+        self._admit()
+        self._begin_heartbeat()
+
+    def _set_crowded(self, crowded: bool) -> None:
+        self._crowded = crowded
+        self._admit()
+
+    def _admit(self) -> None:
+        with self._admitting:
+            free = self._available and not self._crowded and not self._leaving
+            self._consumption.admit(self._concurrency if free else 0)
 
     def _begin_heartbeat(self) -> None:
-        if self._announced and self._available:
-            self._heartbeat.start()
+        with self._announcing:
+            if self._announced and self._available:
+                self._heartbeat.start()
+
+    def _withdraw(self) -> None:
+        self._admit()
+        self._canary.close()
+        self._heartbeat.withdraw()
 
     def _stick(self, detail: str) -> None:
         if not self._stuck.acquire(blocking=False):
@@ -192,7 +240,25 @@ class Serving:
         faulthandler.dump_traceback_later(LAST_WORDS_S, exit=True, file=2)
         self._heartbeat.withdraw()
         self.runner.give_back_all()
-        self._on_ended(EXIT_STUCK)
+        self._consumption.end(EXIT_STUCK)
+
+    def _end_once_idle(self) -> None:
+        self._withdraw()
+        self.runner.wait_idle()
+        self._consumption.end(0)
+
+    def _lose_consumption(self, hears: bool) -> None:
+        """The end of a worker that takes nothing: in order if its consumer still hears of it, else by force."""
+        if hears:
+            logger.critical("This worker takes no messages, whatever is done; it ends, so that another may begin.")
+            self._consumption.end(EXIT_STUCK)
+            return
+        logger.critical("The consumer of this worker hears nothing any more; it gives its jobs back and ends.")
+        self._heartbeat.withdraw()
+        self.runner.give_back_all()
+        self.runner.wait_idle(LAST_WORDS_S)
+        faulthandler.dump_traceback(file=2)
+        os._exit(EXIT_STUCK)
 
     def _capability(self) -> WorkerCapability:
         host = self._host.capability()
@@ -217,6 +283,15 @@ class Serving:
             host=socket.gethostname(),
             started_at_ms=self._started_at_ms,
         )
+
+
+def _served_beside(fleet: Fleet, worker_id: str, job: StoredJob) -> bool:
+    """Whether another live worker could run the job; not, as far as is known, while the store is away."""
+    try:
+        others = [worker for worker in fleet.live() if worker.worker_id != worker_id]
+    except StoreUnavailable:
+        return False
+    return any(job.queue in worker.queues and job.resolved.model in worker.models for worker in others)
 
 
 def placement_of(settings: Settings, backend: str) -> Placement:

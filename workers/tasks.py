@@ -19,6 +19,7 @@ from omnirt_tasks.errors import Internal, OmnirtError, StoreUnavailable, WorkerL
 from omnirt_tasks.jobs.store import StoredJob
 from omnirt_tasks.tasks import GENERATE, send_job
 from workers.attempts import AttemptRunner
+from workers.attempts.endings import LEAVING, AttemptEnd
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class GenerateTask(Task):  # type: ignore[type-arg]  # the stubs' parameters do 
     """`omnirt.generate`: runs the job with the given id.
 
     Flower and `celery result ID` see it as SUCCESS with the outputs' addresses, as FAILURE with the job's error, as
-    REVOKED when it was cancelled, and as RETRY while it waits for another worker.
+    REVOKED when it was cancelled, and as RETRY while it waits for its next attempt.
     """
 
     name = GENERATE
@@ -62,16 +63,16 @@ class GenerateTask(Task):  # type: ignore[type-arg]  # the stubs' parameters do 
             logger.error("Job %s came to a worker that serves no device; it will be sent again.", job_id)
             raise Ignore
         try:
-            job = self.runner.run(job_id, on_begun=self._tell_started)
+            end = self.runner.run(job_id, on_begun=self._tell_started)
         except StoreUnavailable as error:
             logger.warning("Job %s was not begun; it will be sent again. %s", job_id, error)
             raise Ignore from error
-        if job is None:
+        if end is None:
             raise Ignore
-        return self._told(job)
+        return self._told(end)
 
-    def _told(self, job: StoredJob) -> JsonObject:
-        record = job.record
+    def _told(self, end: AttemptEnd) -> JsonObject:
+        record = end.job.record
         match record.state:
             case JobState.SUCCEEDED if record.result is not None:
                 urls = [output.url for output in record.result.outputs]
@@ -84,14 +85,20 @@ class GenerateTask(Task):  # type: ignore[type-arg]  # the stubs' parameters do 
                     self.send_event("task-revoked", terminated=True, signum=None, expired=False)
             case JobState.QUEUED:
                 # Stored before the message goes out: another worker may be quick.
+                reason = (end.requeue or LEAVING).reason
                 with _telling(record.id):
-                    self.backend.mark_as_retry(record.id, WorkerLost("The worker is leaving."), request=self.request)
-                    self.send_event("task-retried", exception="the worker is leaving", traceback="")
-                try:
-                    send_job(self.app, record.id, job.queue, traceparent=job.traceparent)
-                except StoreUnavailable as error:
-                    logger.warning("Job %s: the message waits for the reconciler: %s", record.id, error)
+                    again = WorkerLost(f"The job is back in its queue: {reason}.")
+                    self.backend.mark_as_retry(record.id, again, request=self.request)
+                    self.send_event("task-retried", exception=reason, traceback="")
+                if end.to_send:
+                    self._send(end.job)
         raise Ignore
+
+    def _send(self, job: StoredJob) -> None:
+        try:
+            send_job(self.app, job.record.id, job.queue, traceparent=job.traceparent)
+        except StoreUnavailable as error:
+            logger.warning("Job %s: the message waits for the reconciler: %s", job.record.id, error)
 
     def _tell_started(self) -> None:
         with _telling(self.request.id):

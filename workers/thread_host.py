@@ -24,6 +24,7 @@ from workers.backends import BackendDriver, DeviceInfo, driver
 from workers.cache import ModelCache
 from workers.context import Interrupted, JobContext
 from workers.device import DeviceThread
+from workers.disk import full_disk
 from workers.executors import Executor, LoadedModel, executor_for
 from workers.host import (
     DeviceCapability,
@@ -247,8 +248,8 @@ class ThreadHost:
         except WorkerLost as lost:  # a process that the model lives in: as if it were this one
             return RunLost(str(lost))
         except BaseException as error:  # whatever a model raises is the job's alone
-            if self._lost_before(error):
-                log.warning("run failed on a device that was lost before", extra={"attempt": job.order.attempt})
+            if self._shares_loss(error):
+                log.warning("run failed on a device that is lost", exc_info=True, extra={"attempt": job.order.attempt})
                 return _lost()
             info = self._explain(error)
             log.exception("run failed", extra={"attempt": job.order.attempt, "code": info.code})
@@ -264,7 +265,9 @@ class ThreadHost:
         with self._in_use(spec, request, job) as (model, hit):
             if hit:
                 job.cache_hit(spec.id)
-            with self._pace.measured(spec.id, megapixel_steps(order.request)):
+            # What goes on from a checkpoint does only a part of the work.
+            work = megapixel_steps(order.request) if order.resume_from is None else None
+            with self._pace.measured(spec.id, work):
                 outputs = executor.run(model, order, job)
             job.end_stage()
             placement = dict(model.placement)
@@ -281,13 +284,16 @@ class ThreadHost:
         )
         return RunSucceeded(outputs, facts)
 
-    def _lost_before(self, error: BaseException) -> bool:
-        """Whether the device was lost before this error, which may be the one that tells of it."""
+    def _shares_loss(self, error: BaseException) -> bool:
+        """Whether the run is lost with the device, and not known to be what the device was lost by.
+
+        A device tells late of what broke it, to whoever calls next: of those that run together it may be any.
+        """
         with self._lock:
             if self._lost:
                 return True
             self._lost = any(self._driver.is_lost(told) for told in _causes(error))
-            return False
+            return self._lost and len(self._runs) > 1
 
     def _failed(self, job: JobContext, info: ErrorInfo) -> RunFailed:
         try:
@@ -301,6 +307,8 @@ class ThreadHost:
     def _explain(self, error: BaseException) -> ErrorInfo:
         if isinstance(error, OmnirtError):
             return error.info()
+        if (full := full_disk(error)) is not None:
+            return full.info()
         if self._driver.is_out_of_memory(error):
             return OutOfMemory(
                 f"The device has too little memory for this job{self._memory_in_words()}.",

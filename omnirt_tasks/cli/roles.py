@@ -2,17 +2,22 @@
 
 import os
 import threading
+from contextlib import closing
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import click
 
+from omnirt_tasks.celery_app import make_app
+from omnirt_tasks.draining import Drainer
 from omnirt_tasks.embedded import EmbeddedBroker
 from omnirt_tasks.errors import ConfigurationError, OperatorError
 from omnirt_tasks.routing import parse_queue
 from omnirt_tasks.settings import load_settings
+from omnirt_tasks.stores import open_stores
 from omnirt_tasks.system import worker_command
 
+RUN = "run"
 DEFAULT_QUEUES = "cpu-shapes"
 REDIS_PORT = 6379
 
@@ -51,13 +56,54 @@ def serve(host: str | None, port: int | None) -> None:
     run(load_settings(**{name: value for name, value in given.items() if value is not None}))
 
 
-@click.command(context_settings={"ignore_unknown_options": True})
+class WorkerGroup(click.Group):
+    """`omnirt worker`, which runs a worker when no command of the group is named."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put `run` before what names neither a command nor asks for help."""
+        named = bool(args) and (args[0] in self.commands or args[0] in ctx.help_option_names)
+        return super().parse_args(ctx, args if named else [RUN, *args])
+
+
+@click.group(cls=WorkerGroup)
+def worker() -> None:
+    """Run a worker, or drain one from afar: `omnirt worker -Q …` is short for `omnirt worker run -Q …`."""
+
+
+@worker.command(RUN, context_settings={"ignore_unknown_options": True})
 @queues_option
 @click.argument("celery_arguments", nargs=-1, type=click.UNPROCESSED)
-def worker(queues: tuple[str, ...], celery_arguments: tuple[str, ...]) -> None:
+def run_worker(queues: tuple[str, ...], celery_arguments: tuple[str, ...]) -> None:
     """Run a worker on the next free device: `celery -A omnirt_tasks worker -Q …`, with CELERY_ARGUMENTS added."""
     command = [*worker_command(queues, load_settings().log_level), *celery_arguments]
     os.execv(command[0], command)  # noqa: S606 - no shell is wanted: this process becomes the worker
+
+
+@worker.command("drain")
+@click.argument("name")
+@click.option(
+    "--grace",
+    "grace_s",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="How long its jobs may take to finish.  [the worker's own OMNIRT_GRACE_S]",
+)
+def drain_worker(name: str, grace_s: float | None) -> None:
+    """Have the worker NAME (cpu-0@host, or cpu-0 where that is plain) take no more jobs, and end.
+
+    Its jobs may finish within the grace time; the others go back to their queue. Waits until it is gone.
+    """
+    settings = load_settings()
+    shown: list[int] = []
+
+    def show(node: str, jobs: int) -> None:
+        if not shown or shown[-1] != jobs:
+            click.echo(f"{node}: {jobs} job{'' if jobs == 1 else 's'} in hand", err=True)
+            shown.append(jobs)
+
+    with closing(open_stores(settings)) as stores, make_app(settings) as app:
+        Drainer(app, stores.fleet).drain(name, grace_s=grace_s, on_progress=show)
+    click.echo(f"The worker {name} is gone.", err=True)
 
 
 @click.command()
@@ -66,7 +112,8 @@ def worker(queues: tuple[str, ...], celery_arguments: tuple[str, ...]) -> None:
 )
 def broker(data_dir: Path | None) -> None:
     """Run the embedded broker (Valkey) where OMNIRT_REDIS_URL says: its port and password, on 127.0.0.1."""
-    url = urlsplit(load_settings().celery_url)
+    settings = load_settings()
+    url = urlsplit(settings.celery_url)
     if url.scheme != "redis" or url.hostname not in {"127.0.0.1", "localhost"}:
         raise ConfigurationError(
             "The embedded broker serves redis://127.0.0.1 alone, and OMNIRT_REDIS_URL names another place.",
@@ -77,6 +124,7 @@ def broker(data_dir: Path | None) -> None:
         data_dir=data_dir,
         port=url.port or REDIS_PORT,
         password=unquote(url.password or ""),
+        fsync=settings.broker_fsync,
         on_line=click.echo,
         on_exit=lambda _: ended.set(),
     ):

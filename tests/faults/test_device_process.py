@@ -124,6 +124,22 @@ def test_a_hang_that_holds_the_interpreter_is_found_by_the_jobs_deadline_and_end
     assert worker.exit_code is None
 
 
+def test_a_jobs_own_deadline_ends_it_by_force_where_device_code_hangs(system: JobSystem, processes: Processes) -> None:
+    worker = processes.worker(system.settings, STUB_QUEUE)
+    device_child(system)
+    hung = {"num_inference_steps": 2, "crash_at_step": 1, "crash": "hold-gil"}
+    body = {"task": "text2image", "model": "stub", "backend": "cpu-stub", "inputs": {"prompt": "x"}, "config": hung}
+
+    submitted = system.submission.submit(parse_request({**body, "deadline_s": 3.0}), owner="")
+
+    job = system.finished(submitted.record.id, READY_S)
+    assert (job.state, job.error and job.error.code, job.attempt) == (JobState.FAILED, "timeout", 1)
+    assert job.error is not None
+    assert "3 s after it was accepted" in job.error.message
+    assert system.finished(system.submit(), READY_S).state is JobState.SUCCEEDED
+    assert worker.exit_code is None
+
+
 def test_a_cancelled_job_that_does_not_listen_is_ended_by_force_after_the_patience(
     open_system: Callable[..., JobSystem], processes: Processes
 ) -> None:

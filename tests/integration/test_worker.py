@@ -4,7 +4,6 @@ import base64
 import contextlib
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -12,12 +11,10 @@ import time
 import urllib.request
 import uuid
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from omnirt_tasks.celery_app import broker_prefix
 from omnirt_tasks.contract import CancelOutcome, EventName, JobState
 from omnirt_tasks.errors import ModelFailed, ValidationFailed
 from omnirt_tasks.settings import Settings, load_settings
@@ -207,61 +204,6 @@ def test_a_running_job_is_cancelled_at_its_next_step_and_harms_no_other(served: 
     eventually(lambda: served.celery_state(doomed) == "REVOKED")
     assert served.finished(other).state is JobState.SUCCEEDED
     assert served.store.cancel(doomed) is CancelOutcome.ALREADY_FINISHED
-
-
-def test_a_message_that_comes_twice_runs_its_job_once(system: JobSystem, processes: Processes) -> None:
-    job_id = system.submit(steps=20, step_ms=10)
-    system.send(job_id)
-    processes.worker(system.settings, STUB_QUEUE)
-    assert system.finished(job_id).state is JobState.SUCCEEDED
-    eventually(lambda: system.celery_state(job_id) == "SUCCESS")
-
-    failed = system.finished(system.submit(fail_at_step=1)).id
-    eventually(lambda: system.celery_state(failed) == "FAILURE")
-    system.send(failed)  # over already: its stored result stays as it is
-    system.finished(system.submit())
-
-    eventually(lambda: not system.messages())
-    assert len(system.events(job_id, EventName.JOB_STARTED)) == 1
-    assert system.celery_state(failed) == "FAILURE"
-
-
-def test_messages_that_are_none_of_ours_are_refused_and_the_worker_goes_on(
-    system: JobSystem, processes: Processes, tmp_path: Path
-) -> None:
-    spoilt = system.submit()
-    (sound,) = system.messages()
-    marker = tmp_path / "pickle-was-loaded"
-
-    def changed(body: bytes | None = None, content_type: str | None = None, **headers: object) -> str:
-        message: dict[str, Any] = json.loads(sound)
-        message["headers"] = {name: value for name, value in (message["headers"] | headers).items() if value != ""}
-        message["content-type"] = content_type or message["content-type"]
-        if body is not None:
-            message["body"] = base64.b64encode(body).decode()
-        return json.dumps(message)
-
-    queue = broker_prefix(system.settings) + STUB_QUEUE
-    system.redis.delete(queue)
-    for message in (
-        changed(pickle.dumps(_Bomb(str(marker))), "application/x-python-serialize"),
-        changed(b"{not json"),
-        changed(id=""),
-        changed(id="", task=""),
-        changed(task="os.system"),
-        changed(b'[["no-such-job"], {}, {}]', id="no-such-job"),
-        changed(b'[[{"job": 1}], {}, {}]'),
-        changed(b"[[], {}, {}]"),
-    ):
-        system.redis.lpush(queue, message)
-
-    worker = processes.worker(system.settings, STUB_QUEUE)
-
-    assert system.finished(system.submit()).state is JobState.SUCCEEDED
-    assert worker.exit_code is None
-    assert not marker.exists()
-    # Its message was spoilt, its record was not: it is sent again.
-    assert system.finished(spoilt).state is JobState.SUCCEEDED
 
 
 def test_a_job_runs_past_its_limit_and_fails_with_timeout(system: JobSystem, processes: Processes) -> None:
@@ -481,13 +423,3 @@ def test_a_job_that_hangs_in_the_device_times_out_and_the_worker_ends_loudly(
     assert hanging.exit_code not in {0, None}
     assert system.finished(neighbour).finished
     assert system.finished(system.submit()).state is JobState.SUCCEEDED
-
-
-class _Bomb:
-    """What runs when somebody unpickles it."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (os.mkdir, (self.path,))

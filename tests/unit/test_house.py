@@ -126,7 +126,7 @@ def asked_for(*extras: str) -> set[str]:
         ("web", []),
         ("omnirt_tasks", ["worker", "speech", "embedded", "otel", "bench"]),
         ("workers", ["worker", "ascend"]),
-        ("tests", ["worker", "embedded", "otel", "dev"]),
+        ("tests", ["worker", "embedded", "otel", "s3", "dev"]),
     ],
 )
 def test_what_is_imported_is_asked_for(folder: str, extras: list[str]) -> None:

@@ -29,9 +29,8 @@ from workers.wire import State
 STUB = HostConfig("cpu-stub", "cpu-stub:0", ("stub",), {}, cache_size=2, concurrency=8)
 LOADED = DeviceCapability("cpu-stub", "cpu-stub:0", "fake", None, (), ("stub",), ("stub",), 8)
 DONE = RunInterrupted(InterruptReason.CANCEL)
-
-
 NEVER = Recycling()
+FIT = HostHealth(ok=True)
 
 
 class FakePeer:
@@ -108,8 +107,8 @@ def order(job_id: str = "job") -> RunOrder:
     return RunOrder(job_id, 1, request, Path())
 
 
-def state(memory_bytes: int) -> State:
-    return State(LOADED, HostHealth(ok=True), memory_bytes)
+def state(memory_bytes: int, health: HostHealth = FIT) -> State:
+    return State(LOADED, health, memory_bytes)
 
 
 def test_a_child_that_was_above_its_mark_is_replaced_though_its_memory_falls_again(kept: Kept) -> None:
@@ -124,6 +123,24 @@ def test_a_child_that_was_above_its_mark_is_replaced_though_its_memory_falls_aga
     peer.runs[1][1].set_result(DONE)
     kept.peer(2).on_ready()
     assert peer.closed.is_set()
+    assert kept.available == [True, False, True]
+
+
+def test_no_order_reaches_a_child_whose_device_is_lost_and_dies_with_it(kept: Kept) -> None:
+    host = kept.host()
+    peer = kept.peer()
+    peer.on_ready()
+    peer.on_state(state(1, HostHealth(ok=False, detail="the device is lost")))
+    peer.on_state(state(1, HostHealth(ok=False, detail="the device is lost")))
+
+    late = host.submit(order(), print)
+
+    assert host.health() == HostHealth(ok=False, detail="the device is lost")
+    peer.end()
+    assert not late.done(), "it has no part in that"
+    kept.peer(2).on_ready()
+    kept.peers[1].runs[0][1].set_result(DONE)
+    assert late.result(1) == DONE
     assert kept.available == [True, False, True]
 
 

@@ -9,10 +9,11 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
-from omnirt_tasks.artifacts import ArtifactStorage
+from omnirt_tasks.artifacts import NO_ATTEMPT, ArtifactStorage
 from omnirt_tasks.clock import unix_ms
 from omnirt_tasks.errors import (
     ArtifactNotFound,
+    ConfigurationError,
     StorageError,
     TooLarge,
     UnsupportedMediaType,
@@ -230,3 +231,83 @@ def test_what_is_no_good_picture_or_sound_is_refused(url: str, data: bytes, kind
 
 def test_the_bomb_is_small(tmp_path: Path) -> None:
     assert len(bomb()) < 20_000
+
+
+@pytest.mark.parametrize("stuck", ["a", "b", "c"])
+def test_a_job_whose_files_cannot_be_removed_stops_no_other_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stuck: str
+) -> None:
+    storage, file = ArtifactStorage(tmp_path.as_uri()), tmp_path / "0.png"
+    file.write_bytes(b"x")
+    for job_id in ("a", "b", "c"):
+        storage.publish(job_id, 1, [file])
+    remove = LocalFileSystem.rm
+
+    def refuse_one(self: LocalFileSystem, path: str, **options: object) -> None:
+        if path.endswith(f"/{stuck}"):
+            raise PermissionError(13, "Permission denied")
+        remove(self, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFileSystem, "rm", refuse_one)
+        with pytest.raises(StorageError):
+            storage.sweep_orphans(lambda _: NO_ATTEMPT, older_than_s=0)
+    assert {path.name for path in (tmp_path / "jobs").iterdir()} == {stuck}
+    assert storage.sweep_orphans(lambda _: NO_ATTEMPT, older_than_s=0) == 1
+
+
+def test_files_that_another_process_removes_at_the_same_time_leave_none_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder goes file by file, and whoever finds a file gone that was there a moment ago stops in the middle."""
+    storage, file = ArtifactStorage(tmp_path.as_uri()), tmp_path / "0.png"
+    file.write_bytes(b"x")
+    storage.publish("job", 1, [file])
+    remove = LocalFileSystem.rm
+    met: list[str] = []
+
+    def meet_another_once(self: LocalFileSystem, path: str, **options: object) -> None:
+        if not met:
+            met.append(path)
+            raise FileNotFoundError(2, "No such file or directory")
+        remove(self, path, **options)
+
+    monkeypatch.setattr(LocalFileSystem, "rm", meet_another_once)
+    storage.remove_job("job")
+
+    assert met
+    assert not list((tmp_path / "jobs").iterdir())
+
+
+def test_what_is_kept_has_reached_the_disk_with_every_name_that_leads_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No test can cut the power; that the disk was waited for can be seen."""
+    synced: list[Path] = []
+
+    def note(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().relative_to(tmp_path))
+
+    monkeypatch.setattr("os.fsync", note)
+    file = tmp_path / "0.png"
+    file.write_bytes(b"x")
+
+    ArtifactStorage((tmp_path / "data").as_uri()).publish("job", 1, [file])
+    assert [str(path) for path in synced] == [
+        "data/jobs/job/1/0.png",
+        "data/jobs/job/1",
+        "data/jobs/job",
+        "data/jobs",
+        "data",
+    ]
+
+    synced.clear()
+    upload = uploads_at((tmp_path / "data").as_uri()).put("anna", io.BytesIO(png()))
+    names = [f"data/uploads/{upload.id}.json", f"data/uploads/{upload.id}.bin", "data/uploads", "data"]
+    assert [str(path) for path in synced] == names
+
+
+@pytest.mark.parametrize("url", ["nothing://bucket/path", "gs://bucket/path"])
+def test_a_storage_that_cannot_be_is_refused_at_the_start_with_what_to_set(url: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"'(nothing|gs)'.*OMNIRT_ARTIFACT_URL"):
+        ArtifactStorage(url)

@@ -70,7 +70,14 @@ def with_inputs(base: dict[str, Any] = PICTURE, **inputs: Any) -> dict[str, Any]
         ({**GOOD, "config": "fast"}, "config", "type"),
         ({**GOOD, "async_run": "yes"}, "async_run", "type"),
         ({**GOOD, "adapters": [{"kind": "lora"}]}, "adapters", "unsupported"),
-        ({**GOOD, "deadline_s": 5}, "deadline_s", "unsupported"),
+        ({**GOOD, "deadline_s": 0}, "deadline_s", "minimum"),
+        ({**GOOD, "deadline_s": -1.5}, "deadline_s", "minimum"),
+        ({**GOOD, "deadline_s": 30 * 24 * 3600 + 1}, "deadline_s", "maximum"),
+        ({**GOOD, "deadline_s": 10**300}, "deadline_s", "maximum"),
+        ({**GOOD, "deadline_s": math.inf}, "deadline_s", "finite"),
+        ({**GOOD, "deadline_s": math.nan}, "deadline_s", "finite"),
+        ({**GOOD, "deadline_s": "5"}, "deadline_s", "type"),
+        ({**GOOD, "deadline_s": True}, "deadline_s", "type"),
         ({**GOOD, "webhook": "https://x"}, "webhook", "unsupported"),
         ({**GOOD, "priority": "high"}, "priority", "choice"),
         ({**GOOD, "tags": "gold"}, "tags", "type"),
@@ -375,3 +382,8 @@ def test_whatever_json_comes_ends_in_a_request_or_in_a_callers_error(
         return
     assert 400 <= error.http_status < 500
     assert error.message
+
+
+def test_a_deadline_goes_with_what_will_run() -> None:
+    assert resolved({**GOOD, "deadline_s": 90}).deadline_s == 90.0
+    assert resolved(GOOD).deadline_s is None

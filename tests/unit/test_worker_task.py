@@ -10,9 +10,10 @@ from omnirt_tasks.celery_app import make_app
 from omnirt_tasks.contract import Inputs, ResolvedRequest, Task
 from omnirt_tasks.errors import StoreUnavailable
 from omnirt_tasks.jobs.memory import MemoryJobStore
-from omnirt_tasks.jobs.store import Cancelled, NewJob, StoredJob
+from omnirt_tasks.jobs.store import Cancelled, Claim, NewJob, Requeue, StoredJob
 from omnirt_tasks.settings import load_settings
 from workers import tasks
+from workers.attempts.endings import AttemptEnd
 from workers.tasks import GenerateTask
 
 QUEUE = "cpu-stub-stub"
@@ -32,12 +33,25 @@ class AwayBackend:
 class Ended:
     """A runner whose attempt ends with the job as given."""
 
-    def __init__(self, job: StoredJob) -> None:
-        self.job = job
+    def __init__(self, job: StoredJob, requeue: Requeue | None = None) -> None:
+        self.end = AttemptEnd(job, requeue)
 
-    def run(self, job_id: str, *, on_begun: Any) -> StoredJob:
+    def run(self, job_id: str, *, on_begun: Any) -> AttemptEnd:
         on_begun()
-        return self.job
+        return self.end
+
+
+class TellingBackend:
+    """A result backend that keeps what it is told of retries."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def mark_as_retry(self, _: str, error: Exception, **__: object) -> None:
+        self.told.append(str(error))
+
+    def store_result(self, *_: object, **__: object) -> None:
+        """What has started is of no interest."""
 
 
 @pytest.fixture
@@ -91,11 +105,35 @@ def test_a_job_that_is_given_back_is_sent_again_though_celery_could_not_be_told_
     assert "mark_as_retry: the result backend is away" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("requeue", "sends"),
+    [
+        (Requeue("device_lost", died=True), True),
+        (Requeue("out_of_memory", alone=True), True),
+        (Requeue("storage_error", retry=True, delay_ms=1_000), False),
+    ],
+)
+def test_a_job_that_goes_back_is_a_retry_for_celery_and_its_message_goes_out_at_once_unless_it_has_to_wait(
+    task: GenerateTask, store: MemoryJobStore, monkeypatch: pytest.MonkeyPatch, requeue: Requeue, sends: bool
+) -> None:
+    sent: list[str] = []
+    backend = TellingBackend()
+    monkeypatch.setattr(tasks, "send_job", lambda _app, job_id, _queue, **_: sent.append(job_id))
+    monkeypatch.setattr(task, "_backend", backend)
+    monkeypatch.setattr(task, "runner", Ended(store.get(JOB), requeue))
+
+    with pytest.raises(Ignore):
+        task.run(JOB)
+
+    assert sent == [JOB] * sends, "the reconciler sends it when its time has come"
+    assert [requeue.reason in told for told in backend.told] == [True]
+
+
 def test_a_cancelled_job_ends_though_celery_could_not_be_told_of_it(
     task: GenerateTask, store: MemoryJobStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     claim = store.claim(JOB, worker_id="w", lease_ttl_ms=60_000)
-    assert claim is not None
+    assert isinstance(claim, Claim)
     store.commit(claim.lease, Cancelled())
     monkeypatch.setattr(task, "runner", Ended(store.get(JOB)))
 

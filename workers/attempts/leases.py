@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from omnirt_tasks.errors import JobNotFound, StoreUnavailable
 from omnirt_tasks.jobs.store import JobStore
+from workers.attempts.runs import Run
 from workers.host import InterruptReason
-from workers.runs import Run
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,34 @@
+"""The consumer of a worker of this project, named to Celery by `worker_consumer`."""
+
+from collections.abc import Callable
+from typing import Any
+
+from celery.worker.consumer import Consumer
+
+UNSOUND = (ValueError, TypeError, AttributeError, RecursionError)
+"""What kombu and Celery raise over an item that is no message, or one with headers of the wrong kind."""
+
+
+class SoundConsumer(Consumer):
+    """Celery's consumer, which outlives whatever lies in its lists.
+
+    Celery's own ends its worker over an item that is no message. This one connects anew, and the item, which was taken
+    off its list, is gone; a message that cannot be handled is refused.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        consumer: Any = self  # whose stubs know little of it
+        consumer.connection_errors += UNSOUND
+
+    def create_task_handler(self, *arguments: Any, **options: Any) -> Callable[[Any], Any]:
+        """What takes each message; one that it stumbles over would come back for ever."""
+        handle = super().create_task_handler(*arguments, **options)
+
+        def handle_or_refuse(message: Any) -> Any:
+            try:
+                return handle(message)
+            except UNSOUND as error:
+                return self.on_invalid_task(None, message, error)
+
+        return handle_or_refuse

@@ -1,0 +1,106 @@
+"""How a worker takes messages: how many at once, whether it has room, and how it begins anew.
+
+The admission limit is Celery's own: with `worker_disable_prefetch` a worker takes no message while it holds as many as
+its `max_concurrency` allows.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from celery.exceptions import WorkerShutdown
+from celery.worker import state
+
+TAKE_NOTHING = -1  # Celery takes 0 for the pool's size
+LOOK_EVERY_S = 0.05
+HEAR_WITHIN_S = 30.0  # longer than any answer of the broker's is waited for
+
+
+class Consumption(Protocol):
+    """How a worker takes messages. Safe to use from any thread."""
+
+    def admit(self, messages: int) -> None:
+        """Hold at most so many messages from now on; 0 takes none."""
+        ...
+
+    def end(self, status: int) -> None:
+        """Take nothing any more, and have the worker shut down with this exit status."""
+        ...
+
+    def has_room(self) -> bool:
+        """Whether it would take one more message now."""
+        ...
+
+    def taken(self) -> int:
+        """How many messages it took so far."""
+        ...
+
+    def queues(self) -> Sequence[str]:
+        """The queues that it takes messages from; none while it is not connected."""
+        ...
+
+    def restart(self) -> bool:
+        """Have it connect anew, and return when it has let go of its connection; false when it does not."""
+        ...
+
+
+class CeleryConsumption:
+    """Consumption of a Celery worker (its `WorkController`)."""
+
+    def __init__(self, worker: Any) -> None:
+        self._worker = worker
+        self._ended = False
+
+    def admit(self, messages: int) -> None:
+        """See Consumption."""
+        self._worker.max_concurrency = messages if messages and not self._ended else TAKE_NOTHING
+        self._worker.hub.call_soon(_look_again)
+
+    def end(self, status: int) -> None:
+        """See Consumption."""
+        self._ended = True
+        self.admit(0)
+        self._worker.hub.call_soon(_shut_down, status)
+
+    def has_room(self) -> bool:
+        """See Consumption."""
+        limit = self._worker.max_concurrency or self._worker.pool.num_processes
+        return bool(len(state.reserved_requests) < limit)
+
+    def taken(self) -> int:
+        """See Consumption."""
+        return int(state.all_total_count[0])
+
+    def queues(self) -> Sequence[str]:
+        """See Consumption; without those whose consumer an operator has cancelled."""
+        consumer = self._worker.consumer
+        taking = consumer.task_consumer
+        if consumer.connection is None or taking is None:
+            return ()
+        return tuple(queue.name for queue in taking.queues)
+
+    def restart(self) -> bool:
+        """See Consumption. Celery's consumer takes what is raised in its loop for a lost connection."""
+        consumer = self._worker.consumer
+        seen = consumer.restart_count
+
+        def lose_connection() -> None:
+            if consumer.restart_count == seen:
+                raise ConnectionResetError("the consumer had stalled")
+
+        def begins_anew() -> bool:
+            return consumer.connection is None or bool(consumer.restart_count != seen)
+
+        until_s = time.monotonic() + HEAR_WITHIN_S
+        self._worker.hub.call_soon(lose_connection)
+        while not begins_anew() and time.monotonic() < until_s:
+            time.sleep(LOOK_EVERY_S)  # to let go of a connection that does not answer takes some seconds
+        return begins_anew()
+
+
+def _look_again() -> None:
+    """Nothing: the hub, once awake, sees the new limit by itself; asleep it would take up to a second."""
+
+
+def _shut_down(status: int) -> None:
+    raise WorkerShutdown(status)
