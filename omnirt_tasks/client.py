@@ -13,6 +13,7 @@ import math
 import random
 import secrets
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -46,7 +47,7 @@ from omnirt_tasks.errors import (
     TooManyStreams,
     error_from,
 )
-from omnirt_tasks.local_files import with_files
+from omnirt_tasks.local_files import data_url, with_files
 from omnirt_tasks.results import result_of
 from omnirt_tasks.validation import Finding, Resolution
 
@@ -54,9 +55,14 @@ PAGE_JOBS = 100
 CHUNK_BYTES = 256 * 1024
 # The gateway sends a keep-alive comment at least every 15 s, so this long a silence is a dead connection.
 STREAM_SILENCE_S = 45.0
+# A submit to a gateway that cannot be reached is given up sooner than one that may have reached it.
+FIRST_REACH_S = 3.0
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 5.0
 
+_NOT_REACHED = (httpx.ConnectError, httpx.ConnectTimeout)
+_BROKEN_OFF = (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError)
+_AWAY = frozenset({httpx.codes.BAD_GATEWAY, httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.GATEWAY_TIMEOUT})
 _PROBLEMS = TypeAdapter(tuple[Problem, ...])
 
 
@@ -65,7 +71,8 @@ class Client:
 
     Every method raises the error that the gateway names (`omnirt_tasks.errors`, with `details` and `retry_after_s`),
     and GatewayUnreachable when nothing answers at the URL. `reconnect_s` is how long `events` and `wait` try to get
-    back to a gateway that went away; submits are never repeated on their own.
+    back to a gateway that went away, and for how long `submit`, `retry` and `generate` are sent again to one that broke
+    off or had no store. What is sent again has the same Idempotency-Key, so no job is made twice.
     """
 
     def __init__(
@@ -87,19 +94,32 @@ class Client:
         except httpx.InvalidURL as error:
             raise GatewayUnreachable(f"{url!r} is no URL: {error}", "Write it as http://HOST:PORT.") from error
 
-    def submit(self, request: GenerateRequest) -> JobRecord:
-        """Queue a job, and return at once. Local files among its inputs are uploaded first."""
-        request = with_files(request, self.upload)
-        body = request.model_dump(mode="json", exclude_defaults=True)
-        return JobRecord.model_validate(self._call("POST", "/v1/jobs", json=body))
+    def submit(self, request: GenerateRequest, *, idempotency_key: str | None = None) -> JobRecord:
+        """Queue a job, and return at once.
 
-    def generate(self, request: GenerateRequest, *, timeout_s: float | None = None) -> GenerateResult:
+        Local files among its inputs are uploaded first; with an `idempotency_key`, which tells of the same job whenever
+        the same request is submitted under it, they go inside the request, so that it is the same.
+        """
+        request = with_files(request, self.upload if idempotency_key is None else data_url)
+        body = request.model_dump(mode="json", exclude_defaults=True)
+        return self._submit("/v1/jobs", idempotency_key or str(uuid.uuid4()), json=body)
+
+    def generate(
+        self, request: GenerateRequest, *, timeout_s: float | None = None, idempotency_key: str | None = None
+    ) -> GenerateResult:
         """Submit a job and wait for its result.
 
         Raises the job's own error when it fails (JobCancelled when it is cancelled), and JobTimeout after `timeout_s`
         (None: no limit); the job goes on then.
         """
-        return result_of(self.wait(self.submit(request).id, timeout_s))
+        return result_of(self.wait(self.submit(request, idempotency_key=idempotency_key).id, timeout_s))
+
+    def retry(self, job_id: str, *, idempotency_key: str | None = None) -> JobRecord:
+        """Submit a failed or cancelled job anew, and return the new one; the old one is no dead letter any more.
+
+        Repeated, it gives the same new job, unless it is under another `idempotency_key`.
+        """
+        return self._submit(f"/v1/jobs/{quote(job_id, safe='')}/retry", idempotency_key)
 
     def validate(self, request: GenerateRequest) -> Resolution:
         """What the gateway would make of the request; nothing is queued. Local files are uploaded first.
@@ -121,11 +141,21 @@ class Client:
         return JobRecord.model_validate(self._call("GET", f"/v1/jobs/{quote(job_id, safe='')}"))
 
     def jobs(
-        self, *, state: JobState | None = None, model: str | None = None, task: Task | None = None
+        self,
+        *,
+        state: JobState | None = None,
+        model: str | None = None,
+        task: Task | None = None,
+        dead_letters: bool = False,
     ) -> Iterator[JobRecord]:
-        """The caller's jobs, newest first and without results; pages are fetched as they are needed."""
+        """The caller's jobs, newest first and without results; pages are fetched as they are needed.
+
+        `dead_letters` are those that failed because whatever ran them died, until they are retried or purged.
+        """
         wanted = {"limit": PAGE_JOBS, "state": state, "model": model, "task": task}
         query: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
+        if dead_letters:
+            query["dead_letters"] = "true"
         while True:
             page = self._call("GET", "/v1/jobs", params=query)
             for record in page["data"]:
@@ -139,7 +169,7 @@ class Client:
         return CancelOutcome(self._call("DELETE", f"/v1/jobs/{quote(job_id, safe='')}")["cancel"])
 
     def purge(self, job_id: str) -> None:
-        """Cancel the job if need be, and remove its record, events and artifacts."""
+        """Cancel the job if need be, and remove its record, events and files."""
         self._call("DELETE", f"/v1/jobs/{quote(job_id, safe='')}", params={"purge": "true"})
 
     def events(self, job_id: str, *, after: int = 0, timeout_s: float | None = None) -> Iterator[Event]:
@@ -229,6 +259,22 @@ class Client:
             response = self._http.request(method, path, **arguments)
             _raise_for(response)
             return response.json() if response.content else None
+
+    def _submit(self, path: str, key: str | None, **arguments: Any) -> JobRecord:
+        """Have a job accepted, once, however often it has to be sent: `key` or what stands for it sees to that."""
+        headers = {} if key is None else {"Idempotency-Key": key}
+        patience = _Patience(min(FIRST_REACH_S, self._reconnect_s))
+        reached = False
+        while True:
+            try:
+                return JobRecord.model_validate(self._call("POST", path, headers=headers, **arguments))
+            except (GatewayUnreachable, StoreUnavailable) as error:
+                if not (isinstance(error.__cause__, _BROKEN_OFF) or error.retry_after_s is not None):
+                    raise  # what answers there is no gateway
+                if not reached and not isinstance(error.__cause__, _NOT_REACHED):
+                    reached = True
+                    patience = _Patience(self._reconnect_s)
+                patience.bear(error)
 
     @contextlib.contextmanager
     def _stream(self, path: str, **arguments: Any) -> Iterator[httpx.Response]:
@@ -345,13 +391,22 @@ def _raise_for(response: httpx.Response) -> None:
         error.details = _PROBLEMS.validate_python(told.get("details") or ())
     except (ValueError, KeyError, TypeError) as not_ours:
         raise _no_gateway(response) from not_ours
-    retry_after = response.headers.get("Retry-After", "")
-    error.retry_after_s = int(retry_after) if retry_after.isdecimal() else None
+    error.retry_after_s = _retry_after_s(response)
     raise error
 
 
 def _no_gateway(response: httpx.Response) -> GatewayUnreachable:
-    return GatewayUnreachable(
+    error = GatewayUnreachable(
         f"{response.request.url.host} answered {response.status_code}, and not as a gateway does.",
         "Check the URL, and what stands between here and the gateway.",
     )
+    error.retry_after_s = _retry_after_s(response)
+    return error
+
+
+def _retry_after_s(response: httpx.Response) -> int | None:
+    """When to ask again, as the answer says, or as one may of a proxy whose gateway is away; None: it is no use."""
+    told = response.headers.get("Retry-After", "")
+    if told.isdecimal():
+        return int(told)
+    return 1 if response.status_code in _AWAY else None

@@ -2,27 +2,46 @@
 
     check: validate ─► look up inputs ─► route           /v1/validate stops here, and nothing is written
     submit: check ─► keep inputs ─► record ─► message
+    submit_once: came before? ─► submit                  under a key of the caller's, which stands for one job
 
 A job is accepted once its record is written; a message that could not be sent is sent by the reconciler.
 """
 
 import base64
+import hashlib
 import io
+import json
 import logging
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from omnirt_tasks.contract import MEDIA_INPUTS, GenerateRequest, JobState, Problem, ResolvedRequest
-from omnirt_tasks.errors import ArtifactNotFound, CallerError, JobNotFound, NotFound, StoreUnavailable, ValidationFailed
+from omnirt_tasks.errors import (
+    ArtifactNotFound,
+    CallerError,
+    JobNotFound,
+    NotFound,
+    StorageError,
+    StoreUnavailable,
+    ValidationFailed,
+)
 from omnirt_tasks.jobs.fleet import LiveWorkers
-from omnirt_tasks.jobs.store import JobStore, NewJob, StoredJob
+from omnirt_tasks.jobs.store import Idempotency, JobStore, NewJob, StoredJob
 from omnirt_tasks.registry.catalog import Catalog
 from omnirt_tasks.routing import Route, choose, judge, settle
 from omnirt_tasks.uploads import UploadStorage
-from omnirt_tasks.validation import DATA_URL, Door, Finding, Resolution, failure, resolve
+from omnirt_tasks.validation import DATA_URL, Door, Finding, Resolution, failure, parse_request, resolve
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """The job that a key stands for; `replayed` says that it was accepted before, and nothing was done now."""
+
+    job: StoredJob
+    replayed: bool
 
 
 @dataclass(frozen=True)
@@ -30,7 +49,7 @@ class Submission:
     """Accepts jobs. Holds no state of its own, so threads share it.
 
     `send` puts a message (job id, queue) on the broker; it may raise StoreUnavailable. `queue_limit` bounds how many
-    jobs wait in one queue.
+    jobs wait in one queue. For `idempotency_ttl_s` a caller's key stands for the job that it came with.
     """
 
     store: JobStore
@@ -40,6 +59,7 @@ class Submission:
     send: Callable[[str, str], None]
     door: Door
     queue_limit: int | None = None
+    idempotency_ttl_s: float = 24 * 3600
 
     def check(self, request: GenerateRequest, owner: str) -> Resolution:
         """Everything that can be told of a request without writing: what will run, or every problem at once."""
@@ -60,31 +80,69 @@ class Submission:
 
         Raises what `check` found (a CallerError; nothing is queued), QueueFull, StorageError and StoreUnavailable.
         """
+        return self._accept(request, owner=owner, trace_id=trace_id, traceparent=traceparent).job
+
+    def submit_once(
+        self,
+        request: GenerateRequest,
+        key: str,
+        *,
+        owner: str,
+        trace_id: str | None = None,
+        traceparent: str | None = None,
+    ) -> Submitted:
+        """Accept a job unless the owner's key stands for one already, which is then returned as it stands.
+
+        So it may be repeated, at the same time too and through other gateways. A repeat is not checked again: what can
+        be run may have changed since. Raises like `submit`, and IdempotencyMismatch for a key that came with another
+        request.
+        """
+        named = Idempotency(key, _fingerprint(request), round(self.idempotency_ttl_s * 1000))
+        if (earlier := self.store.submitted(owner, named)) is not None:
+            return Submitted(earlier, replayed=True)
+        return self._accept(request, owner=owner, trace_id=trace_id, traceparent=traceparent, idempotency=named)
+
+    def _accept(
+        self,
+        request: GenerateRequest,
+        *,
+        owner: str,
+        trace_id: str | None,
+        traceparent: str | None,
+        idempotency: Idempotency | None = None,
+    ) -> Submitted:
         resolution, chosen = self._check(request, owner)
         if chosen is None:
             raise failure(resolution.findings)
         resolved, _ = resolution.unwrap()
-        kept = self._keep_inputs(resolved, owner)
+        job_id = str(uuid.uuid4())
+        kept = self._keep_inputs(resolved, owner, job_id)
         written = request.model_dump(mode="json")
         written["inputs"] |= kept.inputs.model_dump(include=MEDIA_INPUTS.keys() & request.inputs.keys())
-        job = self.store.create(
-            NewJob(
-                id=str(uuid.uuid4()),
-                owner=owner,
-                queue=chosen.queue,
-                request=written,
-                resolved=settle(kept, chosen),
-                trace_id=trace_id,
-                traceparent=traceparent,
-            ),
-            queue_limit=self.queue_limit,
+        new = NewJob(
+            id=job_id,
+            owner=owner,
+            queue=chosen.queue,
+            request=written,
+            resolved=settle(kept, chosen),
+            trace_id=trace_id,
+            traceparent=traceparent,
+            idempotency=idempotency,
         )
         try:
-            self.send(job.record.id, chosen.queue)
+            job = self.store.create(new, queue_limit=self.queue_limit)
+        except CallerError:
+            self._drop_inputs(new)
+            raise
+        if job.record.id != new.id:  # the same submit came a moment earlier
+            self._drop_inputs(new)
+            return Submitted(job, replayed=True)
+        try:
+            self.send(new.id, new.queue)
         except StoreUnavailable as error:
             # Accepted all the same: the record is written, and the reconciler sends what has no message.
-            log.warning("job %s: the message waits for the reconciler: %s", job.record.id, error)
-        return job
+            log.warning("job %s: the message waits for the reconciler: %s", new.id, error)
+        return Submitted(job, replayed=False)
 
     def _check(self, request: GenerateRequest, owner: str) -> tuple[Resolution, Route | None]:
         resolution = resolve(request, self.catalog, door=self.door)
@@ -139,14 +197,43 @@ class Submission:
                 return artifact.mime
         raise missing
 
-    def _keep_inputs(self, request: ResolvedRequest, owner: str) -> ResolvedRequest:
-        """The request with each data URL replaced by an upload of the owner's."""
-        kept = {
-            name: f"upload:{self.uploads.put(owner, _decoded(reference)).id}"
-            for name in MEDIA_INPUTS
-            if (reference := getattr(request.inputs, name)) is not None and DATA_URL.match(reference)
-        }
+    def _keep_inputs(self, request: ResolvedRequest, owner: str, job_id: str) -> ResolvedRequest:
+        """The request with each data URL replaced by an upload of the job's own.
+
+        What another job brought goes with that one, so this one gets a copy.
+        """
+        kept: dict[str, str] = {}
+        for name in MEDIA_INPUTS:
+            reference = getattr(request.inputs, name) or ""
+            if DATA_URL.match(reference):
+                kept[name] = f"upload:{self.uploads.put(owner, _decoded(reference), job_id=job_id).id}"
+            elif reference.startswith("upload:"):
+                upload = self.uploads.find(owner, reference.removeprefix("upload:"))
+                if upload.job_id is not None:
+                    kept[name] = f"upload:{self.uploads.copy(upload, job_id=job_id).id}"
         return request.model_copy(update={"inputs": request.inputs.model_copy(update=kept)}) if kept else request
+
+    def _drop_inputs(self, job: NewJob) -> None:
+        try:
+            self.uploads.remove_inputs(job.id, job.resolved.inputs)
+        except StorageError as error:
+            log.warning("the inputs of a job that was not accepted stay until their time is over: %s", error)
+
+
+def request_again(job: StoredJob) -> GenerateRequest:
+    """The request that makes a job once more: as it was accepted, with the seed that was drawn for it.
+
+    Raises ValidationFailed when it is none any more.
+    """
+    request = parse_request(job.record.request)
+    seed = job.resolved.config.get("seed")
+    return request if seed is None else request.model_copy(update={"config": {**request.config, "seed": seed}})
+
+
+def _fingerprint(request: GenerateRequest) -> str:
+    """Tells one request from another, however it is written and however its caller waits for it."""
+    body = request.model_dump(mode="json", exclude={"async_run"})
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _decoded(data_url: str) -> io.BytesIO:

@@ -20,17 +20,23 @@ from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
 from omnirt_tasks.clock import unix_ms
+from omnirt_tasks.contract import MEDIA_INPUTS, Inputs
 from omnirt_tasks.errors import StorageError, TooLarge, UnsupportedMediaType, UploadNotFound, ValidationFailed
-from omnirt_tasks.storage import SAFE_NAME, open_filesystem, storage_errors
+from omnirt_tasks.storage import SAFE_NAME, make_folder, open_filesystem, reach_disk, storage_errors
 
 CHUNK_BYTES = 1024 * 1024
+JOB_UPLOAD_TTL_S = 60 * 24 * 3600
+"""How long an upload of a job's own may stay: past any deadline. Its job takes it along when it goes."""
 MEMORY_BYTES = 8 * 1024 * 1024  # a larger upload waits in a temporary file
 PICTURE_FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A stored upload; `owner` is the id of the key that sent it."""
+    """A stored upload; `owner` is the id of the key that sent it.
+
+    One that came inside a job's request has that job's id: it goes with the job, and not before.
+    """
 
     id: str
     owner: str
@@ -38,6 +44,7 @@ class Upload:
     size_bytes: int
     sha256: str
     expires_at_ms: int
+    job_id: str | None = None
 
 
 _FACTS = TypeAdapter(Upload)
@@ -49,15 +56,15 @@ class UploadStorage:
     def __init__(
         self, url: str, *, ttl_s: float, max_bytes: int, max_pixels: int, clock_ms: Callable[[], int] = unix_ms
     ) -> None:
-        self._fs, root = open_filesystem(url)
-        self._folder = f"{root}/uploads"
+        self._fs, self._root = open_filesystem(url)
+        self._folder = f"{self._root}/uploads"
         self._ttl_ms = round(ttl_s * 1000)
         self._max_bytes = max_bytes
         self._max_pixels = max_pixels
         self._clock_ms = clock_ms
 
-    def put(self, owner: str, stream: BinaryIO) -> Upload:
-        """Keep what the stream holds.
+    def put(self, owner: str, stream: BinaryIO, *, job_id: str | None = None) -> Upload:
+        """Keep what the stream holds, for the job if one is named; it outlives a loss of power when this returns.
 
         Raises TooLarge past the byte limit, UnsupportedMediaType for what is neither a picture (PNG, JPEG, WEBP) nor
         audio (WAV, FLAC, OGG, MP3), ValidationFailed for a picture that is broken or has too many pixels,
@@ -70,7 +77,8 @@ class UploadStorage:
                 if size_bytes > self._max_bytes:
                     raise TooLarge(f"The upload is larger than {self._max_bytes} bytes.", "Send a smaller file.")
                 digest.update(chunk)
-                copy.write(chunk)
+                with storage_errors("The upload could not be stored"):  # a full folder for temporary files
+                    copy.write(chunk)
             mime = self.inspect(copy)
             upload = Upload(
                 id=secrets.token_hex(16),
@@ -78,19 +86,21 @@ class UploadStorage:
                 mime=mime,
                 size_bytes=size_bytes,
                 sha256=digest.hexdigest(),
-                expires_at_ms=self._clock_ms() + self._ttl_ms,
+                expires_at_ms=self._clock_ms() + (self._ttl_ms if job_id is None else JOB_UPLOAD_TTL_S * 1000),
+                job_id=job_id,
             )
             copy.seek(0)
             with storage_errors("The upload could not be stored"):
-                self._fs.makedirs(self._folder, exist_ok=True)
+                make_folder(self._fs, self._folder)
                 try:
                     with self._fs.open(self._bytes_of(upload.id), "wb") as target:
                         while chunk := copy.read(CHUNK_BYTES):
                             target.write(chunk)
                     # Written last: an upload is there when its facts are.
                     self._fs.pipe_file(self._facts_of(upload.id), _FACTS.dump_json(upload))
+                    reach_disk(self._fs, self._parts_of(upload.id), self._root)
                 except BaseException:
-                    with suppress(OSError):  # what stays is swept
+                    with suppress(Exception):  # what stays is swept
                         self._remove(upload.id)
                     raise
         return upload
@@ -101,6 +111,25 @@ class UploadStorage:
         if upload is None or upload.owner != owner or upload.expires_at_ms <= self._clock_ms():
             raise _missing(upload_id)
         return upload
+
+    def copy(self, upload: Upload, *, job_id: str) -> Upload:
+        """The same bytes once more, for the job. Raises UploadNotFound when they are gone, and StorageError."""
+        with storage_errors("The upload could not be read"):
+            try:
+                stream: BinaryIO = self._fs.open(self._bytes_of(upload.id), "rb")
+            except FileNotFoundError:
+                raise _missing(upload.id) from None
+            with stream:
+                return self.put(upload.owner, stream, job_id=job_id)
+
+    def remove_inputs(self, job_id: str, inputs: Inputs) -> None:
+        """Remove those of a job's inputs that came inside its request; its caller's other uploads stay. Idempotent."""
+        for name in MEDIA_INPUTS:
+            kind, _, upload_id = (getattr(inputs, name) or "").partition(":")
+            upload = self._read(upload_id) if kind == "upload" else None
+            if upload is not None and upload.job_id == job_id:
+                with storage_errors("The job's inputs could not be removed"):
+                    self._remove(upload_id)
 
     def fetch(self, upload_id: str, target: Path) -> None:
         """Copy the bytes to a local file. Raises UploadNotFound."""

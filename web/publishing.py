@@ -35,7 +35,11 @@ class PublishingTransport(redis.Transport):
 
 
 def publish_cheaply(app: Celery) -> Celery:
-    """Let the app publish through `PublishingTransport`, where its broker is a plain Redis. For gateways alone."""
+    """Let the app publish through `PublishingTransport`, where its broker is a plain Redis. For gateways alone.
+
+    Its threads share one result backend, which they only ever ask to forget.
+    """
+    app.conf.result_backend_thread_safe = True
     if urlsplit(str(app.conf.broker_url)).scheme in SCHEMES:
         app.conf.broker_transport = f"{__name__}:{PublishingTransport.__name__}"
     return app

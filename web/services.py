@@ -7,11 +7,13 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 
+from celery import Celery
 from flask import current_app
 
 from omnirt_tasks.artifacts import ArtifactStorage
 from omnirt_tasks.celery_app import make_app
 from omnirt_tasks.contract import QueueReadiness, QueueStatus
+from omnirt_tasks.jobs.connection import reaching_store
 from omnirt_tasks.jobs.fleet import LiveWorkers
 from omnirt_tasks.jobs.reconciler import Reconciler
 from omnirt_tasks.jobs.store import EventFeed, JobStore, QueueDepth, StoredJob
@@ -32,6 +34,7 @@ from web.slots import Slots
 EXTENSION = "omnirt"
 WAITS_MAX = 1_000
 """How many synchronous requests wait at once in a process; each holds a thread, as a stream does."""
+READY_MS = 60_000
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Services:
     reconciler: Reconciler
     tracing: tracing.Tracing
     stores: Stores
+    celery: Celery
 
     def start(self) -> None:
         """Start the threads that work beside requests. Call it once, in the process that serves."""
@@ -83,6 +87,11 @@ class Services:
             for name, depth in sorted(depths.items())
         }
 
+    def check_writes(self) -> None:
+        """Raise StoreUnavailable unless the store takes writes: one that has no memory left still answers."""
+        with reaching_store():
+            self.stores.client.set(f"{self.settings.key_prefix}:ready", 1, px=READY_MS)
+
     def queue_status(self, job: StoredJob) -> QueueStatus:
         """Where a queued job waits. Raises StoreUnavailable."""
         model = job.resolved.model
@@ -106,7 +115,8 @@ def build(settings: Settings, tracer: tracing.Tracing | None = None) -> Services
     stores = open_stores(settings)
     catalog = discover()
     fleet = RecentFleet(stores.fleet)
-    send = partial(send_job, publish_cheaply(make_app(settings)))
+    celery = publish_cheaply(make_app(settings))
+    send = partial(send_job, celery)
     return Services(
         settings=settings,
         catalog=catalog,
@@ -123,6 +133,7 @@ def build(settings: Settings, tracer: tracing.Tracing | None = None) -> Services
             send=send,
             door=Door(allow_stub=settings.allow_stub, disabled_tiers=settings.disabled_tiers),
             queue_limit=settings.queue_limit,
+            idempotency_ttl_s=settings.idempotency_ttl_s,
         ),
         gate=make_gate(load_keys(settings.api_keys_file), settings.allowed_origins),
         streams=Slots(per_owner=settings.max_streams_per_key, total=settings.max_streams, what="streams"),
@@ -130,4 +141,5 @@ def build(settings: Settings, tracer: tracing.Tracing | None = None) -> Services
         reconciler=stores.reconciler(send),
         tracing=tracer or tracing.ids_only(),
         stores=stores,
+        celery=celery,
     )

@@ -14,7 +14,7 @@ from omnirt_tasks.bench.figures import Table
 def bench(ctx: click.Context) -> None:
     """Measure this installation; without a name, all that needs no GPU. Tables go to standard output, as Markdown."""
     if ctx.invoked_subcommand is None:
-        for command in (submit, latency, placement, stream, memory, models):
+        for command in (submit, durability, recovery, latency, placement, stream, memory, models):
             ctx.invoke(command)
 
 
@@ -89,6 +89,29 @@ def models(pictures: int, switches: int, torch_threads: int) -> None:
     from omnirt_tasks.bench import models as module
 
     _run("models", module.measure(pictures, switches, torch_threads), module.steps(pictures, switches))
+
+
+@bench.command()
+@click.option("--rounds", default=5, show_default=True, help="Turns of each broker.")
+@click.option("--seconds", default=4.0, show_default=True, help="Of submits, in a turn.")
+@click.option("--clients", default=8, show_default=True)
+@click.option("--jobs", default=2_000, show_default=True, help="Claimed and committed in a turn.")
+def durability(rounds: int, seconds: float, clients: int, jobs: int) -> None:
+    """Submits, claims and commits a second, by when the broker's data reach the disk."""
+    from omnirt_tasks.bench import durability as module
+
+    _run("durability", module.measure(rounds, seconds, clients, jobs), rounds)
+
+
+@bench.command()
+@click.option("--times", default=20, show_default=True, help="Kills of a worker, and of a device's process.")
+@click.option("--restarts", default=5, show_default=True, help="Kills of the only worker.")
+@click.option("--outages", default=5, show_default=True, help="Kills of Redis.")
+def recovery(times: int, restarts: int, outages: int) -> None:
+    """From the kill of a worker, a device's process or Redis until work goes on."""
+    from omnirt_tasks.bench import recovery as module
+
+    _run("recovery", module.measure(times, restarts, outages), module.steps(times, restarts, outages))
 
 
 def _run(name: str, measuring: Iterator[int | Table], total: int) -> None:

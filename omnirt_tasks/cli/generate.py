@@ -1,7 +1,8 @@
 """`omnirt generate` and `omnirt validate`: one request, over HTTP or in this process."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,10 +30,6 @@ from omnirt_tasks.settings import load_settings
 class Runner(Protocol):
     """What runs a job: a gateway's Client, or an OmniEngine in this process."""
 
-    def submit(self, request: GenerateRequest) -> JobRecord:
-        """Queue a job."""
-        ...
-
     def events(self, job_id: str, *, after: int = 0, timeout_s: float | None = None) -> Iterator[Event]:
         """The job's events until it is over. Raises JobTimeout."""
         ...
@@ -45,6 +42,8 @@ class Runner(Protocol):
         """Cancel the job."""
         ...
 
+
+Submit = Callable[[GenerateRequest], JobRecord]
 
 output_option = click.option(
     "-o",
@@ -63,6 +62,11 @@ timeout_option = click.option("--timeout", "timeout_s", type=float, metavar="SEC
 @timeout_option
 @click.option("-v", "--verbose", is_flag=True, help="Show the log of a job that runs in this process.")
 @click.option("--no-wait", is_flag=True, help="Only submit, and print the job's id (needs a gateway).")
+@click.option(
+    "--idempotency-key",
+    metavar="TEXT",
+    help="A name of yours for this job: the same command again follows it, and makes no other (needs a gateway).",
+)
 @url_option
 @json_option
 def generate(
@@ -70,6 +74,7 @@ def generate(
     timeout_s: float | None,
     verbose: bool,
     no_wait: bool,
+    idempotency_key: str | None,
     url: str | None,
     as_json: bool,
     **request_arguments: Any,
@@ -82,28 +87,31 @@ def generate(
     request = request_from(**request_arguments)
     settings = load_settings()
     over_http = url is not None or settings.url is not None
+    for option, given in (("--no-wait", no_wait), ("--idempotency-key", idempotency_key is not None)):
+        if given and not over_http:
+            raise click.UsageError(f"{option} needs a gateway: give --url or set OMNIRT_URL.")
     if no_wait:
-        if not over_http:
-            raise click.UsageError("--no-wait needs a gateway: give --url or set OMNIRT_URL.")
         with client_for(url, settings) as client:
-            job = client.submit(request)
+            job = client.submit(request, idempotency_key=idempotency_key)
         click.echo(json.dumps({"job": job.model_dump(mode="json"), "files": []}) if as_json else job.id)
         return
     if over_http:
         with client_for(url, settings) as client:
-            finish(_run(client, request, timeout_s), output, downloads(client), as_json=as_json)
+            submit = partial(client.submit, idempotency_key=idempotency_key)
+            finish(_run(client, submit, request, timeout_s), output, downloads(client), as_json=as_json)
         return
     from workers.engine import OmniEngine
 
     # Unless the log is asked for, an error is told of in one line.
     logs.configure(settings if verbose else settings.model_copy(update={"log_level": "CRITICAL"}))
     with OmniEngine(settings=settings) as engine:
-        finish(_run(engine, with_files(request, data_url), timeout_s), output, copy_output, as_json=as_json)
+        request = with_files(request, data_url)
+        finish(_run(engine, engine.submit, request, timeout_s), output, copy_output, as_json=as_json)
 
 
-def _run(runner: Runner, request: GenerateRequest, timeout_s: float | None) -> JobRecord:
+def _run(runner: Runner, submit: Submit, request: GenerateRequest, timeout_s: float | None) -> JobRecord:
     with JobProgress() as progress:
-        job = runner.submit(request)
+        job = submit(request)
         try:
             for event in runner.events(job.id, timeout_s=timeout_s):
                 progress.show(event)

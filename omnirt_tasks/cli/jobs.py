@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from omnirt_tasks.cli.generate import finish, timeout_option
@@ -32,30 +33,34 @@ _OUTCOMES = {
 
 @click.group()
 def jobs() -> None:
-    """List, show, watch and cancel the jobs of a gateway."""
+    """List, show, watch, cancel, retry and drop the jobs of a gateway."""
 
 
 @jobs.command("list")
 @click.option("--state", type=click.Choice([state.value for state in JobState]), help="Only jobs in this state.")
 @click.option("--model", metavar="ID", help="Only jobs of this model.")
+@click.option(
+    "--dead", is_flag=True, help="Only dead letters: jobs that failed because whatever ran them died, again and again."
+)
 @click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="The newest so many.")
 @url_option
 @json_option
-def list_jobs(state: str | None, model: str | None, limit: int, url: str | None, as_json: bool) -> None:
+def list_jobs(state: str | None, model: str | None, dead: bool, limit: int, url: str | None, as_json: bool) -> None:
     """List jobs, newest first."""
     with client_of(url) as client:
         wanted = None if state is None else JobState(state)
-        found = list(itertools.islice(client.jobs(state=wanted, model=model), limit))
+        found = list(itertools.islice(client.jobs(state=wanted, model=model, dead_letters=dead), limit))
     if as_json:
         click.echo(json.dumps([job.model_dump(mode="json") for job in found]))
         return
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("job", no_wrap=True, min_width=36)  # whole, to be copied
-    for title in ("state", "progress", "model", "queued"):
+    for title in ("state", "progress", "model", "queued", *(("why",) if dead else ())):
         table.add_column(title)
     for job in found:
         state = f"[{_COLOURS[job.state]}]{job.state}"
-        table.add_row(job.id, state, _progress(job), str(job.request.get("model")), _time(job.enqueued_at_ms))
+        why = (escape(job.error.message),) if dead and job.error is not None else ()
+        table.add_row(job.id, state, _progress(job), str(job.request.get("model")), _time(job.enqueued_at_ms), *why)
     Console().print(table)
 
 
@@ -101,6 +106,37 @@ def cancel(job_ids: tuple[str, ...], url: str | None, as_json: bool) -> None:
         return
     for job_id, outcome in outcomes.items():
         click.echo(f"{job_id}: {_OUTCOMES[outcome]}")
+
+
+@jobs.command()
+@click.argument("job_ids", nargs=-1, required=True)
+@url_option
+@json_option
+def retry(job_ids: tuple[str, ...], url: str | None, as_json: bool) -> None:
+    """Submit failed or cancelled jobs anew, with the same request and seed; dead letters are none any more."""
+    with client_of(url) as client:
+        made = {job_id: client.retry(job_id).id for job_id in job_ids}
+    if as_json:
+        click.echo(json.dumps(made))
+        return
+    for job_id, new_id in made.items():
+        click.echo(f"{job_id}: again as {new_id}")
+
+
+@jobs.command()
+@click.argument("job_ids", nargs=-1, required=True)
+@url_option
+@json_option
+def drop(job_ids: tuple[str, ...], url: str | None, as_json: bool) -> None:
+    """Remove jobs with all that is kept of them; those that are not over are cancelled."""
+    with client_of(url) as client:
+        for job_id in job_ids:
+            client.purge(job_id)
+    if as_json:
+        click.echo(json.dumps(list(job_ids)))
+        return
+    for job_id in job_ids:
+        click.echo(f"{job_id}: dropped")
 
 
 def _progress(job: JobRecord) -> str:

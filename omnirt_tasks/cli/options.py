@@ -83,6 +83,13 @@ _REQUEST_OPTIONS = (
         show_default=True,
     ),
     click.option("--tag", "tags", multiple=True, metavar="TAG", help="A tag that the worker must have; repeatable."),
+    click.option(
+        "--deadline",
+        "deadline_s",
+        type=float,
+        metavar="SECONDS",
+        help="End the job with `timeout` if it is not over so long after it was accepted.",
+    ),
 )
 
 
@@ -108,6 +115,7 @@ def request_from(
     config: dict[str, Any],
     backend: str,
     tags: tuple[str, ...],
+    deadline_s: float | None,
 ) -> GenerateRequest:
     """The request that the options say. Raises ValidationFailed for one that has not even the right shape."""
     from omnirt_tasks.validation import parse_request
@@ -128,6 +136,7 @@ def request_from(
             "inputs": {name: value for name, value in inputs.items() if value is not None},
             "config": config | {name: value for name, value in named.items() if value is not None},
             "tags": list(tags),
+            "deadline_s": deadline_s,
         }
     )
 

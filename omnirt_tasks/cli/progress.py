@@ -55,6 +55,8 @@ class JobProgress:
             case EventName.JOB_REQUEUED:
                 self._say("queued again")
                 self._steps(0, None)
+            case EventName.RESUMED:
+                self._say(f"going on after step {event.data.get('step', '?')}")
             case EventName.STAGE_START:
                 self._say(_SAID.get(event.stage, event.stage))
             case EventName.STAGE_PROGRESS:
@@ -67,7 +69,9 @@ class JobProgress:
                 self._say("failed")
             case EventName.JOB_CANCELLED:
                 self._say("cancelled")
-            case EventName.STAGE_END | EventName.STAGE_ERROR | EventName.CACHE_HIT | EventName.PREVIEW:
+            case EventName.STAGE_END | EventName.STAGE_ERROR | EventName.CACHE_HIT:
+                pass
+            case EventName.PREVIEW | EventName.CHECKPOINT:
                 pass
 
     def _say(self, words: str) -> None:

@@ -51,6 +51,7 @@ def up(queues: tuple[str, ...], port: int | None, keep: bool) -> None:
         environment=os.environ,
         embedded_broker="redis_url" not in settings.model_fields_set,
         broker_dir=settings.data_dir.expanduser() / BROKER_FOLDER if keep else None,
+        broker_fsync=settings.broker_fsync,
         on_line=labelled_echo(),
     )
     try:

@@ -93,6 +93,7 @@ def resolve(request: GenerateRequest, catalog: Catalog, *, door: Door) -> Resolu
         priority=request.priority,
         tags=tuple(sorted(set(request.tags))),
         metadata=request.metadata,
+        deadline_s=request.deadline_s,
     )
     return Resolution(resolved, spec)
 

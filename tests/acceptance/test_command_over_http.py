@@ -65,6 +65,27 @@ def test_a_job_is_sent_watched_and_shown_by_its_id(omnirt: Omnirt, tmp_path: Pat
     assert job_id in {job["id"] for job in json.loads("\n".join(command.out))}
 
 
+def test_the_same_command_again_under_a_key_follows_the_same_job(omnirt: Omnirt, tmp_path: Path) -> None:
+    jobs = []
+    for _ in range(2):
+        with generate(omnirt, "--idempotency-key", "my cat", "--json") as command:
+            assert command.result() == 0, command.told()
+        jobs.append(json.loads("\n".join(command.out))["job"]["id"])
+    with generate(omnirt, "--idempotency-key", "my cat", "--steps", "3") as command:
+        assert command.result() == 2
+
+    assert jobs[0] == jobs[1]
+    assert any(line.startswith("idempotency_mismatch: ") for line in command.err), command.told()
+
+
+def test_a_key_without_a_gateway_is_wrong_usage(tmp_path: Path) -> None:
+    with Command(
+        "generate", "--model", "stub", "--prompt", "x", "--idempotency-key", "my cat", cwd=tmp_path
+    ) as command:
+        assert command.result() == 2
+    assert "needs a gateway" in command.told()
+
+
 def test_ctrl_c_cancels_the_job_and_is_130(omnirt: Omnirt) -> None:
     with generate(omnirt, "--set", "step_ms=500") as command:
         command.until("denoising")
@@ -86,6 +107,8 @@ def test_ctrl_c_cancels_the_job_and_is_130(omnirt: Omnirt) -> None:
     [
         (["--set", "fail_at_step=1"], 3, "model_failed: "),
         (["--set", "step_ms=300", "--timeout", "0.3"], 5, "timeout: "),
+        (["--set", "step_ms=300", "--deadline", "0.4"], 3, "timeout: "),
+        (["--deadline", "0"], 2, "validation_failed: "),
         (["--set", "width=99"], 2, "validation_failed: "),
         (["--url", "http://127.0.0.1:1"], 6, "gateway_unreachable: "),
     ],

@@ -10,7 +10,7 @@ import pytest
 
 from omnirt_tasks import requests
 from omnirt_tasks.client import Client
-from omnirt_tasks.contract import EventName
+from omnirt_tasks.contract import EventName, JobRecord, JobState
 from omnirt_tasks.errors import GatewayUnreachable, Internal, JobTimeout, QueueFull, StoreUnavailable, ValidationFailed
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
@@ -92,7 +92,7 @@ def event(seq: int, name: str, **data: object) -> str:
 def test_what_is_no_gateway_is_told_as_such(scripted: Callable[..., Client]) -> None:
     for status, body in ((502, "<html>Bad gateway</html>"), (200, "<html>Hello</html>"), (404, '{"detail": "no"}')):
         with pytest.raises(GatewayUnreachable):
-            scripted(answer(status, body)).submit(REQUEST)
+            scripted(answer(status, body), reconnect_s=0.2).submit(REQUEST)
 
 
 def test_a_gateway_that_is_not_ready_says_so_and_is_still_a_gateway(scripted: Callable[..., Client]) -> None:
@@ -117,13 +117,59 @@ def test_every_problem_of_the_envelope_is_kept(scripted: Callable[..., Client]) 
     assert caught.value.message == "told"
 
 
-def test_retry_after_is_kept_and_a_submit_is_never_repeated(scripted: Callable[..., Client]) -> None:
+def test_what_the_gateway_refused_is_not_sent_again(scripted: Callable[..., Client]) -> None:
     client = scripted(answer(429, envelope("queue_full"), Retry_After="7"), answer(500, envelope("internal")))
 
     with pytest.raises(QueueFull) as caught:
         client.submit(REQUEST)
 
     assert (caught.value.retry_after_s, caught.value.retryable) == (7, True)
+
+
+def test_a_submit_that_may_have_got_lost_is_sent_again_under_the_same_key(scripted: Callable[..., Client]) -> None:
+    keys: list[str | None] = []
+
+    def noting(then: Answer) -> Answer:
+        def write(handler: BaseHTTPRequestHandler) -> None:
+            keys.append(handler.headers["Idempotency-Key"])
+            handler.rfile.read(int(handler.headers["Content-Length"]))
+            then(handler)
+
+        return write
+
+    def break_off(handler: BaseHTTPRequestHandler) -> None:
+        handler.close_connection = True
+
+    record = JobRecord(
+        id="j", job_id="j", state=JobState.QUEUED, backend="cpu-stub", request={}, enqueued_at_ms=1
+    ).model_dump_json()
+    troubles = (break_off, answer(502, "<html>Bad gateway</html>"), answer(503, envelope("store_unavailable")))
+    client = scripted(*map(noting, (*troubles, answer(202, record), *troubles, answer(202, record))))
+
+    assert client.submit(REQUEST).id == "j"
+    assert client.submit(REQUEST, idempotency_key="mine").id == "j"
+
+    first, *others = keys[:4]
+    assert first
+    assert others == [first] * 3
+    assert keys[4:] == ["mine"] * 4
+    assert first != "mine"
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [answer(503, "down"), answer(503, envelope("store_unavailable"))],
+    ids=["no gateway", "no store"],
+)
+def test_a_submit_is_given_up_when_the_trouble_stays(scripted: Callable[..., Client], trouble: Answer) -> None:
+    client = scripted(trouble, reconnect_s=0.3)
+
+    began = time.monotonic()
+    with pytest.raises((GatewayUnreachable, StoreUnavailable)) as caught:
+        client.submit(REQUEST)
+
+    assert caught.value.retryable
+    assert time.monotonic() - began < 5
 
 
 def test_a_code_of_a_newer_gateway_is_internal(scripted: Callable[..., Client]) -> None:

@@ -9,6 +9,7 @@ import redis
 
 from omnirt_tasks.embedded import EmbeddedBroker, free_port, port_is_free
 from omnirt_tasks.errors import ConfigurationError
+from omnirt_tasks.settings import Fsync
 from tests.support.waiting import eventually
 
 
@@ -48,6 +49,24 @@ def test_with_a_folder_the_data_outlive_the_server(tmp_path: Path) -> None:
     with EmbeddedBroker(data_dir=tmp_path) as broker, client(broker) as connection:
         connection.set("kept", "yes")
     with EmbeddedBroker(data_dir=tmp_path) as broker, client(broker) as connection:
+        assert connection.get("kept") == "yes"
+
+
+@pytest.mark.parametrize("fsync", Fsync)
+def test_what_it_answered_survives_that_it_is_killed(tmp_path: Path, fsync: Fsync) -> None:
+    broker = EmbeddedBroker(data_dir=tmp_path, fsync=fsync)
+    with broker, client(broker) as connection:
+        assert connection.config_get("append*") == {
+            "appendonly": "yes",
+            "appendfsync": fsync.value,
+            "appendfilename": "appendonly.aof",
+            "appenddirname": "appendonlydir",
+        }
+        connection.set("kept", "yes")
+        assert broker.child is not None
+        broker.child.kill()
+        assert broker.child.wait(10.0)
+    with broker, client(broker) as connection:
         assert connection.get("kept") == "yes"
 
 

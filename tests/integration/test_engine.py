@@ -1,14 +1,22 @@
 """OmniEngine: jobs in this process."""
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from omnirt_tasks.artifacts import ArtifactStorage
 from omnirt_tasks.contract import CancelOutcome, EventName, JobRecord, JobState
-from omnirt_tasks.errors import BackendUnsupported, ConfigurationError, JobNotFound, JobTimeout, ValidationFailed
+from omnirt_tasks.errors import (
+    BackendUnsupported,
+    ConfigurationError,
+    JobNotFound,
+    JobTimeout,
+    StorageError,
+    ValidationFailed,
+)
 from omnirt_tasks.jobs.memory import MemoryJobStore
 from omnirt_tasks.jobs.store import NewJob, StoredJob
 from omnirt_tasks.settings import Settings, load_settings
@@ -25,13 +33,16 @@ def engine() -> Iterator[OmniEngine]:
         yield engine
 
 
-def submit(engine: OmniEngine, *, steps: int = 2, backend: str = "cpu-stub", **config: object) -> JobRecord:
+def submit(
+    engine: OmniEngine, *, steps: int = 2, backend: str = "cpu-stub", deadline_s: float | None = None, **config: object
+) -> JobRecord:
     body = {
         "task": "text2image",
         "model": "stub",
         "backend": backend,
         "inputs": {"prompt": "a red circle"},
         "config": {"num_inference_steps": steps, **config},
+        "deadline_s": deadline_s,
     }
     return engine.submit(parse_request(body))
 
@@ -203,6 +214,36 @@ def test_a_device_that_cannot_be_taken_fails_the_job_with_the_reason(
     assert [event.event for event in engine.events(job.id) if event.terminal] == [EventName.JOB_FAILED]
     monkeypatch.undo()
     assert engine.wait(submit(engine).id, timeout_s=30).state is JobState.SUCCEEDED
+
+
+def test_what_another_attempt_may_not_meet_is_tried_again(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish, tries = ArtifactStorage.publish, [StorageError("The outputs could not be stored: it is away.")]
+
+    def refuse_once(artifacts: ArtifactStorage, job_id: str, attempt: int, files: Sequence[Path]) -> None:
+        if tries:
+            raise tries.pop()
+        publish(artifacts, job_id, attempt, files)
+
+    monkeypatch.setattr(ArtifactStorage, "publish", refuse_once)
+    quick = settings.model_copy(update={"retry_backoff_s": 0.01})
+
+    with OmniEngine(backend="cpu-stub", settings=quick) as engine:
+        job = engine.wait(submit(engine).id, timeout_s=30)
+
+        assert (job.state, job.attempt) == (JobState.SUCCEEDED, 2)
+        assert job.result is not None
+        assert Path(job.result.outputs[0].path).is_file()
+
+
+def test_a_job_that_waits_past_its_deadline_fails_in_time() -> None:
+    with OmniEngine(max_concurrency=1, backend="cpu-stub") as engine:
+        first = submit(engine, steps=200, step_ms=100)
+        eventually(lambda: engine.job(first.id).progress)
+
+        job = engine.wait(submit(engine, deadline_s=0.1).id, timeout_s=10)
+
+        assert (job.state, job.error and job.error.code) == (JobState.FAILED, "timeout")
+        assert engine.job(first.id).state is JobState.RUNNING
 
 
 def test_a_job_that_comes_while_the_engine_closes_is_refused_and_does_not_stay_queued(

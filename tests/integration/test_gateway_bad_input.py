@@ -154,11 +154,6 @@ def test_an_asynchronous_route_refuses_to_be_synchronous(gateway: Gateway) -> No
     assert [detail["loc"] for detail in answer.json()["error"]["details"]] == ["async_run", "config.width"]
 
 
-def test_an_idempotency_key_is_refused_by_name(gateway: Gateway) -> None:
-    answer = gateway.http.post("/v1/jobs", json=REQUEST, headers={"Idempotency-Key": "a"})
-    assert (answer.status_code, answer.json()["error"]["param"]) == (422, "Idempotency-Key")
-
-
 def bomb(side: int) -> bytes:
     """A PNG of a few KB that says it has side x side pixels."""
 

@@ -57,6 +57,10 @@ def test_the_openapi_document_holds_together(client: FlaskClient) -> None:
     submit = document["paths"]["/v1/jobs"]["post"]
     assert submit["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/GenerateRequest")
     assert {"202", "400", "401", "404", "413", "422", "429", "503"} <= submit["responses"].keys()
+    for path in ("/v1/jobs", "/v1/generate", "/v1/jobs/{job_id}/retry"):
+        operation = document["paths"][path]["post"]
+        assert ("Idempotency-Key", "header") in {(p["name"], p["in"]) for p in operation["parameters"]}, path
+        assert "idempotency_mismatch" in operation["responses"]["422"]["description"], path
     assert document["paths"]["/healthz"]["get"]["security"] == []
     assert {"prompt", "image"} <= set(str(schemas["ResolvedRequest"]) and schemas["Inputs"]["properties"])
 

@@ -151,7 +151,9 @@ with app.test_client() as client:
         assert client.get(path).status_code == 200, path
     body = {"task": "text2image", "model": "stub", "inputs": {"prompt": "x"}}
     assert client.post("/v1/validate", json=body).json["ok"]
-    assert client.post("/v1/jobs", json=body).status_code == 202
+    made = client.post("/v1/jobs", json=body)
+    assert made.status_code == 202
+    assert client.delete(f"/v1/jobs/{made.json['id']}?purge=true").status_code == 204
 app.extensions["omnirt"].close()
 """
 

@@ -18,7 +18,7 @@ from omnirt_tasks.jobs.redis import RedisJobStore
 from omnirt_tasks.jobs.store import Lease, Missed
 from omnirt_tasks.jobs.watch import wait_finished, watch
 from omnirt_tasks.settings import Settings, load_settings
-from tests.support.jobs import LONG_MS, failed, new_job, step
+from tests.support.jobs import claimed, failed, new_job, step
 from tests.support.waiting import eventually
 
 
@@ -33,9 +33,7 @@ class System:
 
     def start_job(self) -> tuple[str, Lease]:
         job_id = self.store.create(new_job()).record.id
-        claim = self.store.claim(job_id, worker_id="w", lease_ttl_ms=LONG_MS)
-        assert claim is not None
-        return job_id, claim.lease
+        return job_id, claimed(self.store, job_id)
 
     def subscriber_connections(self) -> int:
         return len(self.client.client_list(_type="pubsub"))

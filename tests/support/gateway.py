@@ -31,7 +31,7 @@ from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.jobs.connection import connect as connect_redis
 from omnirt_tasks.jobs.fleet import RedisFleet
 from omnirt_tasks.jobs.redis import RedisJobStore
-from omnirt_tasks.jobs.store import Cancelled, EventDraft, Failed, Lease, Outcome, Succeeded
+from omnirt_tasks.jobs.store import Cancelled, Claim, EventDraft, Failed, Lease, Outcome, Succeeded
 from omnirt_tasks.settings import Settings, load_settings
 from tests.support.processes import Processes
 from workers.attempts import gateway_address
@@ -67,7 +67,7 @@ class ScriptedWorker:
     def claim(self, job_id: str, *, lease_ms: int = LEASE_MS) -> Lease:
         """Begin the job."""
         claim = self.store.claim(job_id, worker_id="scripted", lease_ttl_ms=lease_ms)
-        assert claim is not None, f"{job_id} cannot be claimed"
+        assert isinstance(claim, Claim), f"{job_id} cannot be claimed"
         return claim.lease
 
     def tell(self, lease: Lease, event: EventName, stage: str = "denoise", **data: Any) -> None:

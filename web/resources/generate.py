@@ -21,6 +21,7 @@ from web.auth import current_owner
 from web.operations import documented
 from web.services import services
 from web.submitting import (
+    IDEMPOTENCY_KEY,
     PREFER,
     SUBMIT_ERRORS,
     job_headers,
@@ -41,7 +42,7 @@ blueprint = Blueprint("generate", __name__)
     {200: GenerateResult, 202: JobRecord},
     errors=(*SUBMIT_ERRORS, *JOB_ERRORS),
     body=GenerateRequest,
-    parameters=(PREFER,),
+    parameters=(PREFER, IDEMPOTENCY_KEY),
 )
 def generate() -> Response:
     """Submit, and wait on the job's terminal event unless the request is asynchronous."""
@@ -50,12 +51,13 @@ def generate() -> Response:
         return submit_asynchronously(wanted)
     parts = services()
     with parts.waits.held(current_owner()):
-        job_id = submit(wanted).record.id
+        made = submit(wanted)
+        job_id = made.job.record.id
         try:
             over = wait_finished(parts.store, parts.feed, job_id, timeout_s=parts.settings.sync_timeout_s)
         except StoreUnavailable as error:
-            return unwatched(job_id, error)
-    headers = job_headers(job_id)
+            return unwatched(made, error)
+    headers = job_headers(made)
     if over is None:
         limit_s = parts.settings.sync_timeout_s
         late = JobTimeout(f"The job is not over after {limit_s:g} s; it goes on.", f"GET {job_url(job_id)} tells.")

@@ -28,9 +28,10 @@ def healthz() -> Response:
 @blueprint.get("/readyz")
 @documented("Whether jobs are accepted, and by which queues", {200: Readiness, 503: Readiness}, open=True)
 def readyz() -> Response:
-    """503 when Redis is away; no workers is no failure."""
+    """503 when Redis is away, or takes no writes; no workers is no failure."""
     parts = services()
     try:
+        parts.check_writes()
         workers, queues = len(parts.fleet.live()), parts.queues()
     except StoreUnavailable:
         away = Readiness(ok=False, job_store_backend="redis", remote_worker_count=0, queues={})

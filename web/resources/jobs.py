@@ -1,4 +1,4 @@
-"""Jobs: submit, list, look at, cancel, purge."""
+"""Jobs: submit, list, look at, cancel, purge, retry."""
 
 import contextlib
 from typing import Literal
@@ -7,14 +7,24 @@ from flask import Blueprint, Response
 
 from omnirt_tasks.contract import CancelOutcome, GenerateRequest, JobRecord, JobState, Problem, Task
 from omnirt_tasks.contract.base import Answer
-from omnirt_tasks.errors import JobNotFound, ModelNotFound, StorageError, ValidationFailed
+from omnirt_tasks.errors import JobNotFound, ModelNotFound, NotFound, StorageError, ValidationFailed
 from omnirt_tasks.jobs.store import JobQuery
+from omnirt_tasks.submission import request_again
 from web.answers import json_answer, own_job, record_of
 from web.auth import current_owner
 from web.operations import Parameter, documented
+from web.purging import remove
 from web.queries import Query
 from web.services import services
-from web.submitting import PREFER, SUBMIT_ERRORS, read_request, submit_asynchronously
+from web.submitting import (
+    IDEMPOTENCY_KEY,
+    PREFER,
+    SUBMIT_ERRORS,
+    accepted,
+    read_request,
+    submit,
+    submit_asynchronously,
+)
 
 LIMIT_DEFAULT = 20
 LIMIT_MAX = 100
@@ -28,8 +38,13 @@ LIST_PARAMETERS = (
     Parameter("state", "Only jobs in this state.", {"type": "string", "enum": list(JobState)}),
     Parameter("model", "Only jobs of this model, by id or alias."),
     Parameter("task", "Only jobs of this task.", {"type": "string", "enum": list(Task)}),
+    Parameter(
+        "dead_letters",
+        "Only jobs that failed because whatever ran them died, until they are retried or purged.",
+        {"type": "boolean", "default": False},
+    ),
 )
-PURGE = Parameter("purge", "Also remove record, events and artifacts.", {"type": "boolean", "default": False})
+PURGE = Parameter("purge", "Also remove record, events and files.", {"type": "boolean", "default": False})
 
 blueprint = Blueprint("jobs", __name__)
 
@@ -55,7 +70,7 @@ class CancelledRecord(JobRecord):
     {202: JobRecord, 200: JobRecord},
     errors=SUBMIT_ERRORS,
     body=GenerateRequest,
-    parameters=(PREFER,),
+    parameters=(PREFER, IDEMPOTENCY_KEY),
 )
 def submit_job() -> Response:
     """Always asynchronous."""
@@ -82,6 +97,7 @@ def list_jobs() -> Response:
         state=query.choice("state", JobState),
         model=model,
         task=query.choice("task", Task),
+        dead_letters=query.flag("dead_letters"),
     )
     query.check()
     page = services().store.page(wanted)
@@ -109,16 +125,31 @@ def cancel_job(job_id: str) -> Response:
     query = Query((PURGE,))
     purge = query.flag(PURGE.name)
     query.check()
-    parts = services()
     job = own_job(job_id, current_owner())
-    outcome = parts.store.cancel(job_id)
-    if not purge:
-        record = record_of(parts.store.get(job_id))
-        return json_answer(CancelledRecord(**dict(record), cancel=outcome))
-    if job.record.attempt:
-        parts.artifacts.remove_job(job_id)
-    parts.store.purge(job_id)
-    if outcome is CancelOutcome.REQUESTED:
-        # The attempt that was running may have published in the meantime; from here on its commit is refused.
-        parts.artifacts.remove_job(job_id)
-    return Response(status=204)
+    if purge:
+        remove(services(), job)
+        return Response(status=204)
+    outcome = services().store.cancel(job_id)
+    record = record_of(services().store.get(job_id))
+    return json_answer(CancelledRecord(**dict(record), cancel=outcome))
+
+
+@blueprint.post("/v1/jobs/<job_id>/retry")
+@documented(
+    "Submit a failed or cancelled job anew",
+    {202: JobRecord},
+    errors=(JobNotFound, NotFound, *SUBMIT_ERRORS),
+    parameters=(IDEMPOTENCY_KEY,),
+    description=(
+        "The new job has the same request and seed. Repeated, it answers with the same new job, as if under an "
+        "Idempotency-Key. A dead letter is one no longer."
+    ),
+)
+def retry_job(job_id: str) -> Response:
+    """A job that is not over, or has succeeded, has no retry: the address is not there, as an artifact's is not."""
+    job = own_job(job_id, current_owner())
+    if job.record.state not in {JobState.FAILED, JobState.CANCELLED}:
+        raise NotFound(f"The job is {job.record.state}.", "Only one that failed or was cancelled can be retried.")
+    made = submit(request_again(job), default_key=f"{job_id}/{job.record.attempt}/retry")
+    services().store.forget_dead_letter(job_id)  # last: whoever dies before it leaves a letter that is retried again
+    return accepted(made)
