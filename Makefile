@@ -11,14 +11,16 @@ BIN := $(VENV)/bin
 SETTINGS := $(TORCH) $(PYTHON)
 STAMP := $(VENV)/.setup-done
 PYTEST_ARGS ?=
-EXTRAS := worker,speech,embedded,flower,otel,bench,dev
+CAMPAIGN_JOBS ?= 1000
+CAMPAIGN_FAULTS ?= 100
+EXTRAS := worker,speech,embedded,flower,otel,s3,bench,dev
 
 # One pip and one uv that were tried with the constraints.
 PIP_PIN := pip==26.3
 UV_PIN := uv>=0.9,<1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test check format bench docs train-shapes secrets clean FORCE
+.PHONY: help setup demo up test test-faults check format bench docs train-shapes secrets clean FORCE
 
 help: ## list what there is
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sort | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -58,6 +60,9 @@ up: setup ## broker, worker and gateway in the foreground, until Ctrl-C
 
 test: setup ## the whole test suite, on a real broker that it starts itself
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-faults: setup ## the fault tests alone, the campaign at full length (CAMPAIGN_JOBS, _FAULTS, _SEED)
+	CAMPAIGN_JOBS=$(CAMPAIGN_JOBS) CAMPAIGN_FAULTS=$(CAMPAIGN_FAULTS) $(BIN)/python -m pytest tests/faults -s $(PYTEST_ARGS)
 
 check: setup ## format, lint, types, import direction
 	$(BIN)/ruff format --check .

@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 from omnirt_tasks.child_process import ChildProcess
 from omnirt_tasks.errors import ConfigurationError
+from omnirt_tasks.settings import Fsync
 
 START_TIMEOUT_S = 30.0
 START_TRIES = 5
@@ -26,7 +27,8 @@ POLL_S = 0.01
 class EmbeddedBroker:
     """A Valkey server as a child of this process; it ends with it, whatever happens.
 
-    With `data_dir` the data outlives the server (append-only file, fsync each second); without, they are gone with it.
+    With `data_dir` the data outlive the server: in an append-only file, which reaches the disk as `fsync` says (always:
+    before a write is answered). Without it they are gone with the server.
     `port` 0 takes a free one, `password` None a random one ("" is no password). Stopped and started again, it has the
     same URL. `on_line` gets its log, and `on_exit` is called when a server has ended (see ChildProcess), also one that
     lost its port to another process, so that the next is tried.
@@ -36,12 +38,14 @@ class EmbeddedBroker:
         self,
         *,
         data_dir: Path | None = None,
+        fsync: Fsync = Fsync.ALWAYS,
         port: int = 0,
         password: str | None = None,
         on_line: Callable[[str], None] | None = None,
         on_exit: Callable[[ChildProcess], None] | None = None,
     ) -> None:
         self._data_dir = data_dir
+        self._fsync = fsync
         self._port = port
         self._password = secrets.token_urlsafe(24) if password is None else password
         self._on_line = on_line
@@ -138,6 +142,7 @@ class EmbeddedBroker:
             "dir": json.dumps(str(folder), ensure_ascii=False),
             "save": '""',
             "appendonly": "yes" if self._data_dir is not None else "no",
+            "appendfsync": self._fsync.value,
             "maxmemory-policy": "noeviction",
             "loglevel": "warning",
         }

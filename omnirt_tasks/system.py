@@ -19,7 +19,7 @@ from omnirt_tasks.embedded import EmbeddedBroker, free_port
 from omnirt_tasks.errors import OmnirtError, OperatorError
 from omnirt_tasks.graces import GATEWAY_GRACE_S, GATEWAY_MARGIN_S
 from omnirt_tasks.routing import plain_name
-from omnirt_tasks.settings import PREFIX, environment_without_settings
+from omnirt_tasks.settings import PREFIX, Fsync, environment_without_settings
 
 READY_TIMEOUT_S = 180.0  # a first start may read gigabytes of libraries from a cold disk
 READY_POLL_S = 0.05
@@ -43,9 +43,9 @@ class System:
 
     The gateway listens at `host` and `port` (0: a free one). A leaving worker has `worker_grace_s` before it is killed,
     which is more than its settings grant its jobs. `environment` is what the children get, with the broker's URL and
-    the port added. `broker_dir` keeps the broker's data (None: they go with it); with `embedded_broker` false the
-    children use the Redis that `environment` names. `on_line` gets (child's name, line) for every line of output, from
-    several threads.
+    the port added. `broker_dir` keeps the broker's data (None: they go with it), which reach the disk as `broker_fsync`
+    says; with `embedded_broker` false the children use the Redis that `environment` names. `on_line` gets (child's
+    name, line) for every line of output, from several threads.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class System:
         port: int = 0,
         embedded_broker: bool = True,
         broker_dir: Path | None = None,
+        broker_fsync: Fsync = Fsync.ALWAYS,
         cwd: Path | None = None,
     ) -> None:
         self._queues = tuple(queues)
@@ -75,6 +76,7 @@ class System:
         if embedded_broker:
             self._broker = EmbeddedBroker(
                 data_dir=broker_dir,
+                fsync=broker_fsync,
                 on_line=lambda line: on_line("broker", line),
                 on_exit=lambda _: self._one_ended.set(),
             )

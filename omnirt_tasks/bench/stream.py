@@ -12,7 +12,7 @@ from omnirt_tasks.client import Client
 from omnirt_tasks.contract import ErrorInfo, EventName
 from omnirt_tasks.jobs.connection import connect
 from omnirt_tasks.jobs.redis import RedisJobStore
-from omnirt_tasks.jobs.store import EventDraft, Failed
+from omnirt_tasks.jobs.store import Claim, EventDraft, Failed
 
 PAUSE_S = 0.005
 LEASE_MS = 600_000
@@ -29,7 +29,7 @@ def measure(events: int) -> Iterator[int | Table]:
         # Nobody serves the tag, so the job waits for this bench to be its worker.
         job = client.submit(requests.text2image(model="stub", prompt="a").model_copy(update={"tags": ["bench"]}))
         claim = store.claim(job.id, worker_id="bench", lease_ttl_ms=LEASE_MS)
-        assert claim is not None
+        assert isinstance(claim, Claim)
 
         def follow() -> None:
             for event in client.events(job.id):

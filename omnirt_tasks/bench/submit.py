@@ -25,7 +25,7 @@ from omnirt_tasks.child_process import ChildProcess
 from omnirt_tasks.embedded import EmbeddedBroker
 from omnirt_tasks.errors import OperatorError
 from omnirt_tasks.graces import GATEWAY_GRACE_S, GATEWAY_MARGIN_S
-from omnirt_tasks.settings import Settings, load_settings
+from omnirt_tasks.settings import PREFIX, Settings, load_settings
 
 BODY = json.dumps(
     {
@@ -58,7 +58,7 @@ def measure(rounds: int, seconds: float, clients: int) -> Iterator[int | Table]:
     with ExitStack() as stack:
         broker = stack.enter_context(EmbeddedBroker())
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="omnirt-bench-", ignore_cleanup_errors=True))
-        ports = {kind: stack.enter_context(_running(kind, broker.url, Path(folder))) for kind in PATHS}
+        ports = {kind: stack.enter_context(running_server(kind, broker.url, Path(folder))) for kind in PATHS}
         for done in range(1, rounds + 1):
             for kind, path in PATHS.items():
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -125,8 +125,8 @@ def ask(port: int, path: str, clients: int, seconds: float) -> Load:
 
 
 @contextmanager
-def _running(kind: str, redis_url: str, folder: Path) -> Iterator[int]:
-    """One server as a process; yields its port."""
+def running_server(kind: str, redis_url: str, folder: Path, **settings: str) -> Iterator[int]:
+    """One server as a process, with these settings beside the bench's own; yields its port."""
     environment = {
         "OMNIRT_REDIS_URL": redis_url,
         "OMNIRT_KEY_PREFIX": f"bench-{kind}",
@@ -136,7 +136,7 @@ def _running(kind: str, redis_url: str, folder: Path) -> Iterator[int]:
         "OMNIRT_LOG_LEVEL": "WARNING",
         "OMNIRT_QUEUE_LIMIT": str(QUEUE_LIMIT),
         "PYTHONUNBUFFERED": "1",
-    }
+    } | {f"{PREFIX}{name.upper()}": value for name, value in settings.items()}
     listening = threading.Event()
     port = 0
 
