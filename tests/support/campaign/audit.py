@@ -1,0 +1,119 @@
+"""What was promised, looked at from outside once a campaign is over: over HTTP, in Redis, and on the disk."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from omnirt_tasks.celery_app import broker_prefix
+from omnirt_tasks.client import Client
+from omnirt_tasks.contract import CancelOutcome, Event, EventName, JobRecord, JobState
+from omnirt_tasks.jobs.connection import connect
+from omnirt_tasks.settings import Settings
+from tests.support.campaign.driver import Story
+from tests.support.campaign.plan import Kind
+
+# What a job may end with, by what it was there for, whatever was done to the system.
+ENDS = {
+    Kind.QUICK: {JobState.SUCCEEDED},
+    Kind.SLOW: {JobState.SUCCEEDED},
+    Kind.DRAWING: {JobState.SUCCEEDED},
+    Kind.FAILING: {JobState.FAILED},
+    Kind.CRASHING: {JobState.SUCCEEDED},
+    Kind.CANCELLED: {JobState.CANCELLED, JobState.SUCCEEDED},
+}
+# Errors that the faults explain: a disk that stayed full for every try, and a killer that met the same lone job again.
+EXPLAINED = {"storage_error", "worker_lost"}
+# Few, named, and of a bounded size: what may stay in Redis for good.
+PERMANENT = ("serial", "states", "finished", "owner:", "queues", "fleet", "workers", "dead:")
+GONE_PREFIXES = ("running:", "waiting:", "sent:", "delayed:", "deadlines")
+
+
+def complaints(stories: Sequence[Story], settings: Settings, url: str) -> Iterator[str]:
+    """Every promise that was not kept; none is the aim."""
+    ids = Counter(story.job_id for story in stories)
+    with Client(url, timeout_s=60.0) as client, httpx.Client(base_url=url, timeout=60.0) as http:
+        for story in stories:
+            name = f"job {story.planned.number} ({story.planned.kind}, {story.job_id})"
+            yield from (f"{name}: {said}" for said in story.complaints)
+            if story.job_id is None:
+                yield f"{name}: never accepted"
+                continue
+            if ids[story.job_id] > 1:
+                yield f"{name}: accepted for two submits"
+            job, log = client.job(story.job_id), list(client.events(story.job_id, timeout_s=60.0))
+            yield from (f"{name}: {said}" for said in _of_life(story, job, log))
+            yield from (f"{name}: {said}" for said in _of_outputs(job, http))
+        accepted = {story.job_id for story in stories}
+        yield from (f"job {job.id}: nobody submitted it" for job in client.jobs() if job.id not in accepted)
+    yield from leftovers(settings)
+
+
+def _of_life(story: Story, job: JobRecord, log: Sequence[Event]) -> Iterator[str]:
+    code = job.error.code if job.error is not None else None
+    explained = job.state is JobState.FAILED and code in EXPLAINED
+    if job.state not in ENDS[story.planned.kind] and not explained:
+        yield f"ended {job.state} ({job.error})"
+    if story.planned.kind is Kind.FAILING and code not in {"model_failed", *EXPLAINED}:
+        yield f"failed with {code}"
+    if [event.seq for event in log] != list(range(1, len(log) + 1)):
+        yield f"its log has gaps: {[event.seq for event in log]}"
+    if [event.terminal for event in log].count(True) != 1 or not log[-1].terminal:
+        yield f"its log does not end once: {[event.event for event in log if event.terminal]}"
+    started = [event.data["attempt"] for event in log if event.event is EventName.JOB_STARTED]
+    if started != list(range(1, job.attempt + 1)):
+        yield f"attempts {started} were started, and the record says {job.attempt}"
+    if story.cancelled is CancelOutcome.CANCELLED and job.state is not JobState.CANCELLED:
+        yield f"was cancelled while it waited, and ended {job.state}"
+    if story.seen and [event.seq for event in story.seen] != [event.seq for event in log]:
+        yield f"its watcher saw {[event.seq for event in story.seen]} of {len(log)} events"
+
+
+def _of_outputs(job: JobRecord, http: httpx.Client) -> Iterator[str]:
+    if job.state is not JobState.SUCCEEDED:
+        return
+    if job.result is None or not job.result.outputs:
+        yield "succeeded without a result"
+        return
+    for output in job.result.outputs:
+        body = http.get(output.path)
+        if body.status_code != 200 or hashlib.sha256(body.content).hexdigest() != output.sha256:
+            yield f"{output.name} is not whole ({body.status_code})"
+
+
+def leftovers(settings: Settings) -> Iterator[str]:
+    """What nothing needs any more and nobody will ever remove: in Redis, in the broker, in the storage."""
+    client: Any = connect(settings.redis_url)
+    broker = broker_prefix(settings)
+    try:
+        for key in client.scan_iter(match=f"{settings.key_prefix}:*", count=1000):
+            name = key.removeprefix(f"{settings.key_prefix}:")
+            if name.startswith(GONE_PREFIXES):
+                yield f"{key} is left"
+            elif key.startswith(broker):
+                if client.ttl(key) < 0 and not key.removeprefix(broker).startswith("_kombu.binding"):
+                    yield f"{key} is left, without an expiry"
+            elif client.ttl(key) < 0 and not name.startswith(PERMANENT):
+                yield f"{key} has no expiry"
+        jobs = {
+            key.rpartition(":")[2]: client.hmget(key, "state", "attempt")
+            for key in client.scan_iter(match=f"{settings.key_prefix}:job:*", count=1000)
+        }
+    finally:
+        client.close()
+    folder = settings.data_dir / "jobs"
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+        yield from _of_file(path, path.relative_to(folder), jobs)
+
+
+def _of_file(path: Path, place: Path, jobs: dict[str, list[str]]) -> Iterator[str]:
+    if path.is_dir():
+        return
+    job_id, attempt = place.parts[0], place.parts[1]
+    if job_id not in jobs:
+        yield f"{place} belongs to no job"
+    elif jobs[job_id] != ["succeeded", attempt] or len(place.parts) != 3:
+        yield f"{place} belongs to no attempt that counts ({jobs[job_id]})"

@@ -1,0 +1,95 @@
+"""What a campaign does, made from its seed alone: which jobs, and which faults between them."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from omnirt_tasks.contract import GenerateRequest
+from omnirt_tasks.requests import text2image
+
+
+class Kind(StrEnum):
+    """What a job is there for."""
+
+    QUICK = "quick"
+    SLOW = "slow"
+    DRAWING = "drawing"  # by a real model
+    FAILING = "failing"  # by its model's own fault
+    CRASHING = "crashing"  # takes the device's process with it, once
+    CANCELLED = "cancelled"
+
+
+class Fault(StrEnum):
+    """What is done to the system."""
+
+    DEVICE_KILLED = "device process killed"
+    WORKER_KILLED = "worker killed"
+    WORKER_GROUP_KILLED = "worker killed with all below it"
+    WORKER_FROZEN = "worker frozen past its leases"
+    WORKER_RESTARTED = "worker asked to stop"
+    GATEWAY_KILLED = "gateway killed"
+    BROKER_KILLED = "broker killed and started again"
+    CONNECTIONS_CUT = "every connection to the broker cut"
+    MESSAGES_DOUBLED = "messages sent twice"
+    GARBAGE_QUEUED = "pickle and garbage on a queue"
+    DISK_FULL = "storage full for a while"
+
+
+KINDS = {Kind.QUICK: 40, Kind.SLOW: 20, Kind.DRAWING: 10, Kind.FAILING: 8, Kind.CRASHING: 7, Kind.CANCELLED: 15}
+CRASHES = ("kill", "segv", "exit")
+COLOURS = ("red", "blue", "green")
+
+
+@dataclass(frozen=True)
+class PlannedJob:
+    """A job and what its caller does; `cancel_after_s` counts from its acceptance, `watched` follows its stream."""
+
+    number: int
+    kind: Kind
+    request: GenerateRequest
+    watched: bool
+    cancel_after_s: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole campaign; fault i is due when `i * len(jobs) / len(faults)` jobs are over."""
+
+    seed: int
+    jobs: Sequence[PlannedJob]
+    faults: Sequence[Fault]
+
+
+def make_plan(seed: int, jobs: int, faults: int) -> Plan:
+    """The plan of this seed: every kind of fault comes up before any comes up again."""
+    rng = random.Random(seed)
+    planned: list[Fault] = []
+    while len(planned) < faults:
+        planned += rng.sample(list(Fault), len(Fault))
+    return Plan(seed, [_job(number, rng) for number in range(jobs)], planned[:faults])
+
+
+def _job(number: int, rng: random.Random) -> PlannedJob:
+    kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+    prompt, seed = f"a large {rng.choice(COLOURS)} circle on a white background", number
+    match kind:
+        case Kind.QUICK:
+            request = _stub(prompt, seed, num_inference_steps=rng.randint(2, 6), step_ms=10)
+        case Kind.SLOW | Kind.CANCELLED:
+            request = _stub(prompt, seed, num_inference_steps=rng.randint(15, 40), step_ms=50)
+        case Kind.DRAWING:
+            request = text2image(model="shapes", prompt=prompt, seed=seed, num_inference_steps=rng.randint(3, 8))
+        case Kind.FAILING:
+            request = _stub(prompt, seed, num_inference_steps=4, step_ms=10, fail_at_step=2)
+        case Kind.CRASHING:
+            crash = rng.choice(CRASHES)
+            request = _stub(
+                prompt, seed, num_inference_steps=4, step_ms=10, crash_at_step=2, crash_attempts=1, crash=crash
+            )
+    cancel_after_s = rng.uniform(0.0, 1.5) if kind is Kind.CANCELLED else None
+    return PlannedJob(number, kind, request, watched=rng.random() < 0.4, cancel_after_s=cancel_after_s)
+
+
+def _stub(prompt: str, seed: int, **config: object) -> GenerateRequest:
+    return text2image(model="stub", backend="cpu-stub", prompt=prompt, seed=seed, **config)
