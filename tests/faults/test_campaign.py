@@ -99,7 +99,8 @@ def _report(stories: list[Story], cluster: Cluster) -> None:
         jobs = [client.job(story.job_id) for story in stories if story.job_id is not None]
     ends = Counter((job.state.value, job.error.code if job.error else "") for job in jobs)
     _tell(f"ends: {dict(ends)}; attempts: {dict(sorted(Counter(job.attempt for job in jobs).items()))}")
-    _tell("starts: " + ", ".join(f"{member.name} {member.starts}" for member in cluster.members))
+    _tell("\n".join(cluster.unforeseen))
+    _tell("exits: " + ", ".join(f"{member.name} {dict(Counter(member.exits))}" for member in cluster.members))
 
 
 def _tell(line: str) -> None:

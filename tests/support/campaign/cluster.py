@@ -1,9 +1,11 @@
 """A system of real processes that is started anew wherever it dies."""
 
+import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -19,8 +21,7 @@ from tests.support.waiting import eventually
 READY_S = 90.0
 LOOK_EVERY_S = 0.1
 GRACE_S = 10.0
-# Another calendar for one process: an hour is more than any lease, timeout or expiry of a campaign.
-FAKETIME_LIBRARIES = "*/faketime/libfaketimeMT.so.1"
+FORESEEN_EXITS = {0, 128 + signal.SIGKILL}
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Member:
     command: Sequence[str]
     env: Mapping[str, str]
     child: ChildProcess | None = None
-    starts: int = 0
+    exits: list[int] = field(default_factory=list)
 
     @property
     def pid(self) -> int | None:
@@ -68,11 +69,11 @@ class Cluster:
         self.gateways = [self._gateway(f"gateway-{number}") for number in (1, 2)]
         self.workers = [
             self._worker("stub-1", "cpu-stub-stub"),
-            self._worker("stub-2", "cpu-stub-stub", clock_ahead="+1h"),
+            self._worker("stub-2", "cpu-stub-stub", LD_PRELOAD=str(wrong_clock(folder))),
             self._worker("shapes-1", "cpu-shapes"),
         ]
         self.members = [member for _, member in self.gateways] + self.workers
-        self._guard = threading.Lock()  # guards each member's child, and whether the broker is meant to run
+        self.unforeseen: list[str] = []
         self._closing = threading.Event()
         self._keeper = threading.Thread(target=self._keep, name="campaign-keeper", daemon=True)
 
@@ -119,7 +120,7 @@ class Cluster:
         told = []
         for member in self.members:
             lines = list(member.child.last_lines)[-12:] if member.child is not None else []
-            told.append("\n".join([f"--- {member.name}, started {member.starts} times", *lines]))
+            told.append("\n".join([f"--- {member.name}, ended with {member.exits} so far", *lines]))
         return "\n".join(told)
 
     def _is_ready(self, client: Client) -> bool:
@@ -135,29 +136,33 @@ class Cluster:
         env = environment(self.settings, OMNIRT_PORT=str(port))
         return f"http://127.0.0.1:{port}", Member(name, [sys.executable, "-m", "omnirt_tasks.cli", "serve"], env)
 
-    def _worker(self, name: str, queue: str, *, clock_ahead: str | None = None) -> Member:
+    def _worker(self, name: str, queue: str, **env: str) -> Member:
         command = [sys.executable, "-m", "celery", "-A", "omnirt_tasks", "worker", "-Q", queue]
         command += ["-l", "INFO", "--without-mingle", "--without-gossip"]
-        clock = wrong_clock(clock_ahead) if clock_ahead is not None else {}
-        return Member(name, command, environment(self.settings, OMNIRT_WORKER_NAME=name, **clock))
+        return Member(name, command, environment(self.settings, OMNIRT_WORKER_NAME=name, **env))
 
     def _start(self, member: Member) -> None:
         member.child = ChildProcess(member.name, member.command, env=member.env, cwd=PROJECT, grace_s=GRACE_S)
-        member.starts += 1
 
     def _keep(self) -> None:
         while not self._closing.wait(LOOK_EVERY_S):
             for member in self.members:
-                if member.child is not None and member.child.exit_code is not None:
+                if member.child is not None and (code := member.child.exit_code) is not None:
+                    member.exits.append(code)
+                    if code not in FORESEEN_EXITS:
+                        self.unforeseen.append(
+                            "\n".join([f"--- {member.name} ended with {code}", *member.child.last_lines])
+                        )
                     member.child.stop()  # closes its pipe
                     self._start(member)
 
 
-def wrong_clock(ahead: str) -> dict[str, str]:
-    """The environment of a process whose calendar is `ahead` ("+1h"); what it waits by the monotonic clock is right."""
-    library = next(Path("/usr/lib").glob(FAKETIME_LIBRARIES), None)
-    assert library, "there is no libfaketime: apt-get install faketime"
-    return {"LD_PRELOAD": str(library), "FAKETIME": ahead, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+def wrong_clock(folder: Path) -> Path:
+    """A library that, preloaded, sets a process's calendar an hour ahead; compiled into the folder."""
+    library = folder / "wrong_clock.so"
+    source = Path(__file__).with_name("wrong_clock.c")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", str(library), str(source)], check=True)
+    return library
 
 
 def processes_below(pid: int) -> list[psutil.Process]:
