@@ -50,5 +50,5 @@ def _task_id(message: str | bytes) -> str | None:
     """The Celery task id, which is the job id; None for what is no message of Celery's."""
     try:
         return str(json.loads(message)["headers"]["id"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None

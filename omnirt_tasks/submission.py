@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from omnirt_tasks.contract import MEDIA_INPUTS, GenerateRequest, JobState, Problem, ResolvedRequest
+from omnirt_tasks.contract import MEDIA_INPUTS, GenerateRequest, Inputs, JobState, Problem, ResolvedRequest
 from omnirt_tasks.errors import (
     ArtifactNotFound,
     CallerError,
@@ -132,10 +132,14 @@ class Submission:
         try:
             job = self.store.create(new, queue_limit=self.queue_limit)
         except CallerError:
-            self._drop_inputs(new)
+            self._drop_inputs(job_id, kept.inputs)
+            raise
+        except StoreUnavailable:
+            if not self._may_exist(job_id):
+                self._drop_inputs(job_id, kept.inputs)
             raise
         if job.record.id != new.id:  # the same submit came a moment earlier
-            self._drop_inputs(new)
+            self._drop_inputs(job_id, kept.inputs)
             return Submitted(job, replayed=True)
         try:
             self.send(new.id, new.queue)
@@ -198,24 +202,38 @@ class Submission:
         raise missing
 
     def _keep_inputs(self, request: ResolvedRequest, owner: str, job_id: str) -> ResolvedRequest:
-        """The request with each data URL replaced by an upload of the job's own.
+        """The request with each data URL replaced by an upload of the job's own; where one fails, none stays.
 
         What another job brought goes with that one, so this one gets a copy.
         """
         kept: dict[str, str] = {}
-        for name in MEDIA_INPUTS:
-            reference = getattr(request.inputs, name) or ""
-            if DATA_URL.match(reference):
-                kept[name] = f"upload:{self.uploads.put(owner, _decoded(reference), job_id=job_id).id}"
-            elif reference.startswith("upload:"):
-                upload = self.uploads.find(owner, reference.removeprefix("upload:"))
-                if upload.job_id is not None:
-                    kept[name] = f"upload:{self.uploads.copy(upload, job_id=job_id).id}"
+        try:
+            for name in MEDIA_INPUTS:
+                reference = getattr(request.inputs, name) or ""
+                if DATA_URL.match(reference):
+                    kept[name] = f"upload:{self.uploads.put(owner, _decoded(reference), job_id=job_id).id}"
+                elif reference.startswith("upload:"):
+                    upload = self.uploads.find(owner, reference.removeprefix("upload:"))
+                    if upload.job_id is not None:
+                        kept[name] = f"upload:{self.uploads.copy(upload, job_id=job_id).id}"
+        except BaseException:
+            self._drop_inputs(job_id, Inputs(**kept))
+            raise
         return request.model_copy(update={"inputs": request.inputs.model_copy(update=kept)}) if kept else request
 
-    def _drop_inputs(self, job: NewJob) -> None:
+    def _may_exist(self, job_id: str) -> bool:
+        """Whether a job may have been written by a call that failed: one of a full store has not, and reads work."""
         try:
-            self.uploads.remove_inputs(job.id, job.resolved.inputs)
+            self.store.get(job_id)
+        except JobNotFound:
+            return False
+        except StoreUnavailable:
+            return True
+        return True
+
+    def _drop_inputs(self, job_id: str, inputs: Inputs) -> None:
+        try:
+            self.uploads.remove_inputs(job_id, inputs)
         except StorageError as error:
             log.warning("the inputs of a job that was not accepted stay until their time is over: %s", error)
 

@@ -28,6 +28,7 @@ from omnirt_tasks.errors import (
     OmnirtError,
     OperatorError,
     RangeNotSatisfiable,
+    StoreUnavailable,
     TooLarge,
     Unauthorized,
     UnsupportedMediaType,
@@ -124,7 +125,7 @@ def _kind(error: OmnirtError) -> str:
 def _answer_own(error: OmnirtError) -> Response:
     if isinstance(error, TooLarge):
         discard_body()
-    if isinstance(error, OperatorError):
+    if isinstance(error, OperatorError) and not isinstance(error, StoreUnavailable):  # of that the threads tell, once
         log.warning("%s: %s", error.code, error, exc_info=error.__cause__)
     return answer(error)
 

@@ -1,5 +1,6 @@
-"""What workers say of themselves, asked for at most a few times a second however many requests there are."""
+"""What is asked for at most a few times a second, however many requests there are."""
 
+from collections.abc import Callable
 from time import monotonic
 
 from omnirt_tasks.contract import WorkerCapability
@@ -9,7 +10,7 @@ RECENT_S = 0.2
 
 
 class RecentFleet:
-    """A fleet whose `live` may be `RECENT_S` old. Safe to share between threads."""
+    """What workers say of themselves: a fleet whose `live` may be `RECENT_S` old. Safe to share between threads."""
 
     def __init__(self, fleet: LiveWorkers) -> None:
         self._fleet = fleet
@@ -22,3 +23,21 @@ class RecentFleet:
             live = self._fleet.live()  # by several threads at once now and then, which harms nothing
             self._read = (monotonic(), live)  # one value, so that no thread sees half of it
         return live
+
+
+class RecentCheck:
+    """A check that may have been passed `RECENT_S` ago; one that failed is made again.
+
+    Safe to share between threads.
+    """
+
+    def __init__(self, check: Callable[[], object], clock: Callable[[], float] = monotonic) -> None:
+        self._check = check
+        self._clock = clock
+        self._passed_at = float("-inf")
+
+    def __call__(self) -> None:
+        """Raise what the check raises."""
+        if self._clock() - self._passed_at > RECENT_S:
+            self._check()
+            self._passed_at = self._clock()

@@ -4,6 +4,7 @@ settings ─build─► Services ─start─► the reconciler's thread        (
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,7 +29,7 @@ from omnirt_tasks.uploads import UploadStorage
 from omnirt_tasks.validation import Door
 from web.auth import Gate, load_keys, make_gate
 from web.publishing import publish_cheaply
-from web.recent import RecentFleet
+from web.recent import RecentCheck, RecentFleet
 from web.slots import Slots
 
 EXTENSION = "omnirt"
@@ -39,7 +40,10 @@ READY_MS = 60_000
 
 @dataclass(frozen=True)
 class Services:
-    """The parts of one gateway process. Every part is safe to share between threads."""
+    """The parts of one gateway process. Every part is safe to share between threads.
+
+    `check_writes` raises StoreUnavailable unless the store takes writes: one that has no memory left still answers.
+    """
 
     settings: Settings
     catalog: Catalog
@@ -56,6 +60,7 @@ class Services:
     tracing: tracing.Tracing
     stores: Stores
     celery: Celery
+    check_writes: Callable[[], None]
 
     def start(self) -> None:
         """Start the threads that work beside requests. Call it once, in the process that serves."""
@@ -86,11 +91,6 @@ class Services:
             name: QueueReadiness(workers=workers[name], waiting=depth.waiting, running=depth.running)
             for name, depth in sorted(depths.items())
         }
-
-    def check_writes(self) -> None:
-        """Raise StoreUnavailable unless the store takes writes: one that has no memory left still answers."""
-        with reaching_store():
-            self.stores.client.set(f"{self.settings.key_prefix}:ready", 1, px=READY_MS)
 
     def queue_status(self, job: StoredJob) -> QueueStatus:
         """Where a queued job waits. Raises StoreUnavailable."""
@@ -142,4 +142,10 @@ def build(settings: Settings, tracer: tracing.Tracing | None = None) -> Services
         tracing=tracer or tracing.ids_only(),
         stores=stores,
         celery=celery,
+        check_writes=RecentCheck(partial(_write, stores)),  # anybody may ask for it, and it reaches the disk
     )
+
+
+def _write(stores: Stores) -> None:
+    with reaching_store():
+        stores.client.set(f"{stores.settings.key_prefix}:ready", 1, px=READY_MS)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import psutil
 
@@ -9,12 +10,13 @@ from omnirt_tasks import requests
 from omnirt_tasks.bench.figures import Row, Table
 from omnirt_tasks.bench.running import running_system
 from omnirt_tasks.client import Client
+from omnirt_tasks.jobs.connection import connect
 
 SAMPLES = 5
 CLIENTS = 8
 MIB = 1024 * 1024
 # How a child of the system is known by its command line.
-ROLES = {"valkey": "broker", "celery": "worker", "serve": "gateway"}
+ROLES = {"valkey": "broker", "workers.device_child": "device's process", "celery": "worker", "serve": "gateway"}
 
 
 def measure(jobs: int) -> Iterator[int | Table]:
@@ -24,7 +26,11 @@ def measure(jobs: int) -> Iterator[int | Table]:
     """
     share = max(jobs // SAMPLES, 1)
     samples: list[Mapping[str, float]] = []
-    with running_system(["cpu-stub-stub"], preview_every_steps=2) as (system, _), Client(system.url) as client:
+    with (
+        running_system(["cpu-stub-stub"], preview_every_steps=2, placement="process") as (system, settings),
+        Client(system.url) as client,
+        closing(connect(settings.redis_url)) as redis,
+    ):
 
         def one(number: int) -> str:
             job = client.submit(requests.text2image(model="stub", prompt="a", seed=number, num_inference_steps=4))
@@ -34,7 +40,7 @@ def measure(jobs: int) -> Iterator[int | Table]:
             for sample in range(SAMPLES + 1):  # the first share warms up
                 finished = list(pool.map(one, range(share)))
                 list(pool.map(client.purge, finished))
-                samples.append(_memory_mib())
+                samples.append(_memory_mib() | {"data in the broker": redis.info("memory")["used_memory"] / MIB})
                 yield (sample + 1) * share * SAMPLES // (SAMPLES + 1)
     first, last = samples[0], samples[-1]
     yield Table(
@@ -44,7 +50,8 @@ def measure(jobs: int) -> Iterator[int | Table]:
             Row(role, (*(f"{taken[role]:.1f}" for taken in samples), f"{last[role] - first[role]:+.1f}"))
             for role in sorted(first)
         ),
-        note="Resident memory (the sum of a role's processes). The first share warms up; finished jobs are purged.",
+        note="Resident memory (the sum of a role's processes), and what the broker says that its data take. "
+        "The first share warms up; finished jobs are purged.",
     )
 
 

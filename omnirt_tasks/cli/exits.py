@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.errors import (
     CallerError,
     GatewayUnreachable,
@@ -75,6 +76,16 @@ def tell(error: OmnirtError, *, as_json: bool) -> None:
         for problem in error.details:
             click.echo(f"  {problem.loc}: {problem.message}", err=True)
     if as_json:
-        details = [problem.model_dump(mode="json") for problem in error.details]
-        told = {"code": error.code, "message": error.message, "hint": error.hint, "details": details}
-        click.echo(json.dumps({"error": told}))
+        click.echo(json.dumps(as_document(error)))
+
+
+def as_document(error: OmnirtError) -> JsonObject:
+    """The error as what `--json` prints."""
+    return {
+        "error": {
+            "code": error.code,
+            "message": error.message,
+            "hint": error.hint,
+            "details": [problem.model_dump(mode="json") for problem in error.details],
+        }
+    }

@@ -2,8 +2,10 @@
 
 import itertools
 import json
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 
 import click
 from rich import box
@@ -11,11 +13,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from omnirt_tasks.cli.exits import Exit, as_document, exit_code
 from omnirt_tasks.cli.generate import finish, timeout_option
 from omnirt_tasks.cli.options import client_of, json_option, url_option
 from omnirt_tasks.cli.outputs import downloads
 from omnirt_tasks.cli.progress import JobProgress
 from omnirt_tasks.contract import CancelOutcome, JobRecord, JobState
+from omnirt_tasks.errors import OmnirtError
+
+Told = TypeVar("Told")
 
 _COLOURS = {
     JobState.QUEUED: "yellow",
@@ -53,14 +59,15 @@ def list_jobs(state: str | None, model: str | None, dead: bool, limit: int, url:
     if as_json:
         click.echo(json.dumps([job.model_dump(mode="json") for job in found]))
         return
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("job", no_wrap=True, min_width=36)  # whole, to be copied
-    for title in ("state", "progress", "model", "queued", *(("why",) if dead else ())):
-        table.add_column(title)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)  # so that a terminal of 80 columns holds it
+    for title in ("job", *(("queued", "model", "why") if dead else ("state", "progress", "queued", "model"))):
+        table.add_column(title, no_wrap=title not in {"model", "why"}, overflow="fold")  # an id is whole, to be copied
     for job in found:
-        state = f"[{_COLOURS[job.state]}]{job.state}"
-        why = (escape(job.error.message),) if dead and job.error is not None else ()
-        table.add_row(job.id, state, _progress(job), str(job.request.get("model")), _time(job.enqueued_at_ms), *why)
+        model, queued = escape(str(job.request.get("model"))), _time(job.enqueued_at_ms)
+        if dead:
+            table.add_row(job.id, queued, model, escape(job.error.message) if job.error else "")
+        else:
+            table.add_row(job.id, f"[{_COLOURS[job.state]}]{job.state}", _progress(job), queued, model)
     Console().print(table)
 
 
@@ -100,12 +107,7 @@ def watch(job_id: str, output: Path | None, timeout_s: float | None, url: str | 
 def cancel(job_ids: tuple[str, ...], url: str | None, as_json: bool) -> None:
     """Cancel jobs: queued ones at once, running ones at their next step."""
     with client_of(url) as client:
-        outcomes = {job_id: client.cancel(job_id) for job_id in job_ids}
-    if as_json:
-        click.echo(json.dumps(outcomes))
-        return
-    for job_id, outcome in outcomes.items():
-        click.echo(f"{job_id}: {_OUTCOMES[outcome]}")
+        _each(job_ids, client.cancel, lambda outcome: _OUTCOMES[outcome], as_json=as_json)
 
 
 @jobs.command()
@@ -115,12 +117,7 @@ def cancel(job_ids: tuple[str, ...], url: str | None, as_json: bool) -> None:
 def retry(job_ids: tuple[str, ...], url: str | None, as_json: bool) -> None:
     """Submit failed or cancelled jobs anew, with the same request and seed; dead letters are none any more."""
     with client_of(url) as client:
-        made = {job_id: client.retry(job_id).id for job_id in job_ids}
-    if as_json:
-        click.echo(json.dumps(made))
-        return
-    for job_id, new_id in made.items():
-        click.echo(f"{job_id}: again as {new_id}")
+        _each(job_ids, lambda job_id: client.retry(job_id).id, lambda new_id: f"again as {new_id}", as_json=as_json)
 
 
 @jobs.command()
@@ -129,21 +126,46 @@ def retry(job_ids: tuple[str, ...], url: str | None, as_json: bool) -> None:
 @json_option
 def drop(job_ids: tuple[str, ...], url: str | None, as_json: bool) -> None:
     """Remove jobs with all that is kept of them; those that are not over are cancelled."""
+
+    def purge(job_id: str) -> str:
+        client.purge(job_id)
+        return "dropped"
+
     with client_of(url) as client:
-        for job_id in job_ids:
-            client.purge(job_id)
-    if as_json:
-        click.echo(json.dumps(list(job_ids)))
-        return
+        _each(job_ids, purge, str, as_json=as_json)
+
+
+def _each(job_ids: Sequence[str], act: Callable[[str], Told], words: Callable[[Told], str], *, as_json: bool) -> None:
+    """Do it to each job and tell what came of it; one that is refused keeps it from none of the others.
+
+    As JSON it is an object with an entry for each job, a refused one's in the form of an error.
+    """
+    told: dict[str, object] = {}
+    refused = False
     for job_id in job_ids:
-        click.echo(f"{job_id}: dropped")
+        try:
+            done = act(job_id)
+        except OmnirtError as error:
+            if exit_code(error) is not Exit.REFUSED:
+                raise
+            refused = True
+            told[job_id] = as_document(error)
+            click.echo(f"{job_id}: {click.style(error.code, fg='red')}: {error}", err=True)
+        else:
+            told[job_id] = done
+            if not as_json:
+                click.echo(f"{job_id}: {words(done)}")
+    if as_json:
+        click.echo(json.dumps(told))
+    if refused:
+        raise click.exceptions.Exit(Exit.REFUSED)
 
 
 def _progress(job: JobRecord) -> str:
     if job.progress is not None:
         return f"{job.progress.step}/{job.progress.total}"
     if job.queue is not None and job.queue.position is not None:
-        return f"waits as {job.queue.position}."
+        return f"place {job.queue.position}"
     return ""
 
 

@@ -15,6 +15,11 @@ _SAID = {
     "decode": "decoding",
     "export": "saving",
 }
+_BACK_SINCE = {
+    "device_lost": "its device's process died",
+    "lease_expired": "its worker died or fell silent",
+    "worker_leaving": "its worker leaves",
+}
 
 
 class JobProgress:
@@ -53,7 +58,8 @@ class JobProgress:
             case EventName.JOB_STARTED:
                 self._say("started")
             case EventName.JOB_REQUEUED:
-                self._say("queued again")
+                reason = str(event.data.get("reason", "?"))
+                self._note("queued again", _BACK_SINCE.get(reason, reason))
                 self._steps(0, None)
             case EventName.RESUMED:
                 self._say(f"going on after step {event.data.get('step', '?')}")
@@ -80,6 +86,12 @@ class JobProgress:
         elif words != self._said:
             self._console.print(words, highlight=False, markup=False)
         self._said = words
+
+    def _note(self, words: str, why: str) -> None:
+        """Say it with the reason, which stays on a terminal though the bar begins anew."""
+        if self._live:
+            self._console.print(f"{words}: {why}", highlight=False, markup=False)
+        self._say(words if self._live else f"{words}: {why}")
 
     def _steps(self, step: int, total: int | None) -> None:
         if self._task is not None:

@@ -137,14 +137,18 @@ class MemoryJobStore:
         execution_mode: ExecutionMode | None = None,
         alone: bool = False,
         queues: Collection[str] | None = None,
+        token: str | None = None,
     ) -> Claim | MustRunAlone | None:
         """See JobStore."""
         with self._lock:
             entry = self._entries.get(job_id)
             if entry is None or (queues is not None and entry.job.queue not in queues):
                 return None
+            if token is not None and self._held(Lease(job_id, entry.record.attempt, token)):
+                return _claim(entry)
             now_ms = self._now_ms()
-            self._act_on_time(entry, now_ms)
+            if entry.record.state is JobState.QUEUED:
+                self._act_on_time(entry, now_ms)
             if entry.record.state is not JobState.QUEUED or entry.delayed(now_ms):
                 return None
             if entry.avoided and entry.avoided[0] == worker_id and now_ms < entry.avoided[1]:
@@ -156,11 +160,11 @@ class MemoryJobStore:
                 entry.update(execution_mode=execution_mode)
             self._enter(entry, JobState.RUNNING)
             attempt = entry.record.attempt + 1
-            entry.token, entry.alone = secrets.token_hex(16), alone
+            entry.token, entry.alone = secrets.token_hex(16) if token is None else token, alone
             entry.update(attempt=attempt, worker_id=worker_id, phase=Phase.WAITING, started_at_ms=now_ms, queue=None)
             entry.job = replace(entry.job, lease_expires_at_ms=now_ms + lease_ttl_ms)
             self._log(entry, EventName.JOB_STARTED, {"attempt": attempt, "worker_id": worker_id})
-            return Claim(Lease(job_id, attempt, entry.token), entry.job, alone, remaining_ms(entry.record))
+            return _claim(entry)
 
     def renew(self, lease: Lease, *, lease_ttl_ms: int) -> Renewal:
         """See JobStore."""
@@ -171,12 +175,15 @@ class MemoryJobStore:
             entry.job = replace(entry.job, lease_expires_at_ms=self._now_ms() + lease_ttl_ms)
             return Renewal(held=True, cancel_requested=entry.record.cancel_requested)
 
-    def append(self, lease: Lease, drafts: Sequence[EventDraft]) -> bool:
+    def append(self, lease: Lease, drafts: Sequence[EventDraft], *, call: str | None = None) -> bool:
         """See JobStore."""
         with self._lock:
             entry = self._held(lease)
             if entry is None:
                 return False
+            if call is not None and entry.appended == call:
+                return True
+            entry.appended = call
             for draft in drafts:
                 self._log(entry, draft.event, draft.data, draft.stage)
                 if phase := phase_of(draft):
@@ -423,6 +430,11 @@ class MemoryJobStore:
             callbacks = tuple(self._cancel_callbacks)
         for callback in callbacks:
             callback(job_id)
+
+
+def _claim(entry: Entry) -> Claim:
+    lease = Lease(entry.record.id, entry.record.attempt, entry.token)
+    return Claim(lease, entry.job, entry.alone, remaining_ms(entry.record))
 
 
 def _matches(job: StoredJob, query: JobQuery) -> bool:

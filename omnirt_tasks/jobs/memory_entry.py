@@ -21,8 +21,8 @@ class KeyUse:
 class Entry:
     """One job and what is kept beside it; `serial` is its place in the order of arrival.
 
-    `alone` is said of the attempt in hand. While it waits: `due_at_ms` is set until its message is to be sent, and
-    `avoided` is the worker that may not claim it before a time.
+    `alone` is said of the attempt in hand, `appended` names what it appended last. While it waits: `due_at_ms` is set
+    until its message is to be sent, and `avoided` is the worker that may not claim it before a time.
     """
 
     job: StoredJob
@@ -30,6 +30,7 @@ class Entry:
     sent_at_ms: int
     token: str = ""
     alone: bool = False
+    appended: str | None = None
     due_at_ms: int | None = None
     avoided: tuple[str | None, int] | None = None
     log: deque[Event] = field(default_factory=lambda: deque(maxlen=EVENT_LOG_LENGTH))

@@ -18,7 +18,7 @@ from redis.exceptions import LockError
 from omnirt_tasks.errors import StoreUnavailable
 from omnirt_tasks.jobs.connection import reaching_store
 from omnirt_tasks.jobs.housekeeping import Chore, ExpirySweep, Housekeeper, Turn, everyones_turn
-from omnirt_tasks.jobs.store import JobStore, StoredJob
+from omnirt_tasks.jobs.store import JobStore, Reconciled, StoredJob
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +31,9 @@ class Reconciler:
     """A thread that reconciles every `every_s`, as long as the process lives, and another one for housekeeping.
 
     `resend` sends a job's message (job id, queue). `waiting_in_broker` tells which job ids have a message in the
-    broker's queue. `turn` is entered for each round. After an outage of the store, and while `store_age_s` says that
-    it has only just come up, no lease expires for `lease_ttl_s`, so that the holders can renew theirs first.
+    broker's queue. `turn` is entered for each round. After an outage of the store, though it only hung, and while
+    `store_age_s` says that it has only just come up, no lease expires for `lease_ttl_s`, so that the holders can renew
+    theirs first.
 
     `remove_files` removes what an expired job left in storage, `sweep_turn` is entered for that; `chores` are done
     beside it.
@@ -84,14 +85,18 @@ class Reconciler:
 
     def round(self) -> bool:
         """Reconcile once, if it is this process's turn; whether it was. Raises what stops it."""
+        asked_at, answered = monotonic(), False
         try:
             with self._turn() as mine:
+                # A store that hung was away for the holders of leases too, though nobody was refused.
+                self._was_away |= monotonic() - asked_at > self._lease_ttl_s / 3
                 spare_leases = self._spares_leases()
-                if mine:
-                    self._reconcile(spare_leases)
+                found = self._reconciled(spare_leases) if mine else Reconciled()
+                answered = True
+                self._send(found)
                 return mine
         except StoreUnavailable:
-            self._was_away = True
+            self._was_away |= not answered  # what is away otherwise is the broker, where it is another Redis
             raise
 
     def _spares_leases(self) -> bool:
@@ -121,12 +126,15 @@ class Reconciler:
                     log.info("reconciling works again")
                 failures = 0
 
-    def _reconcile(self, spare_leases: bool) -> None:
+    def _reconciled(self, spare_leases: bool) -> Reconciled:
         found = self._store.reconcile(unclaimed_after_ms=self._unclaimed_after_ms, spare_leases=spare_leases)
         for job_id in found.expired:
             log.warning("a lease expired: what ran the job is gone", extra={"job_id": job_id})
         for job_id in found.overdue:
             log.info("a job failed, since its deadline passed while it waited", extra={"job_id": job_id})
+        return found
+
+    def _send(self, found: Reconciled) -> None:
         still_waiting = {queue: self._waiting_in_broker(queue) for queue in {queue for _, queue in found.resend}}
         for job_id, queue in found.resend:
             if job_id not in still_waiting[queue]:

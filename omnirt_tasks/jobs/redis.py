@@ -176,9 +176,10 @@ class RedisJobStore:
         execution_mode: ExecutionMode | None = None,
         alone: bool = False,
         queues: Collection[str] | None = None,
+        token: str | None = None,
     ) -> Claim | MustRunAlone | None:
         """See JobStore."""
-        token = secrets.token_hex(16)
+        token = secrets.token_hex(16) if token is None else token
         answer = self._scripts.run(
             "claim", job_id, token, lease_ttl_ms, worker_id, json.dumps(worker_id), execution_mode or "", int(alone),
             "*" if queues is None else "", *(queues or ()),
@@ -195,14 +196,14 @@ class RedisJobStore:
         answer = self._scripts.run("renew", lease.job_id, lease.token, lease_ttl_ms)
         return Renewal(held=answer != "lost", cancel_requested=answer == "cancel")
 
-    def append(self, lease: Lease, drafts: Sequence[EventDraft]) -> bool:
+    def append(self, lease: Lease, drafts: Sequence[EventDraft], *, call: str | None = None) -> bool:
         """See JobStore."""
         args: list[str | int] = []
         for draft in drafts:
             moved = progress_of(draft)
             args += (draft.event, json.dumps(draft.stage), _json(draft.data), phase_of(draft) or "")
             args += (moved.step, moved.total) if moved else ("", "")
-        return bool(self._scripts.run("append", lease.job_id, lease.token, *args) == "done")
+        return bool(self._scripts.run("append", lease.job_id, lease.token, *args, call=call) == "done")
 
     def commit(self, lease: Lease, outcome: Outcome) -> bool:
         """See JobStore."""

@@ -43,8 +43,11 @@ class Scripts:
         self._prefix = prefix
         self._job_ttl_ms = job_ttl_ms
 
-    def run(self, name: str, job_id: str, *args: str | int) -> Any:
-        """Run one script; its answer is as Redis gives it. Raises StoreUnavailable."""
-        call = secrets.token_hex(8)
+    def run(self, name: str, job_id: str, *args: str | int, call: str | None = None) -> Any:
+        """Run one script; its answer is as Redis gives it. Raises StoreUnavailable.
+
+        `call` is the id of the call, for one that may be made again after that.
+        """
+        call = secrets.token_hex(8) if call is None else call
         with reaching_store():
             return self._scripts[name](args=(self._prefix, job_id, self._job_ttl_ms, call, *args))

@@ -284,16 +284,21 @@ class JobStore(Protocol):
         execution_mode: ExecutionMode | None = None,
         alone: bool = False,
         queues: Collection[str] | None = None,
+        token: str | None = None,
     ) -> Claim | MustRunAlone | None:
         """Begin the next attempt; None, when there is nothing to do, means to drop the message.
 
-        So it is for a job that is unknown, over, held by a live lease, waiting for its retry, to be left to another
-        worker, or of none of these `queues` (None: of any), whose message has strayed.
+        So it is for a job that is unknown, over, running, waiting for its retry, to be left to another worker, or of
+        none of these `queues` (None: of any), whose message has strayed. A lease that has expired is `reconcile`'s to
+        take away, which knows whether its holder could renew it.
 
         `alone` promises that nothing else runs on the device while the attempt does; without it a job that runs alone
-        is not claimed (MustRunAlone). Appends `job_started` {attempt, worker_id}; what ran under an expired lease has
-        died, and is requeued first. A job whose cancel was asked for is never claimed, but cancelled; one whose
-        deadline has passed fails. `execution_mode` is given where it is known already; a result brings it in any case.
+        is not claimed (MustRunAlone). Appends `job_started` {attempt, worker_id}. A job whose cancel was asked for is
+        never claimed; one that waits past its deadline fails. `execution_mode` is given where it is known already; a
+        result brings it in any case.
+
+        `token` is the lease's own, drawn here without one. Who lost the answer claims again with the same token, and
+        has what he won.
         """
         ...
 
@@ -304,10 +309,11 @@ class JobStore(Protocol):
         """
         ...
 
-    def append(self, lease: Lease, drafts: Sequence[EventDraft]) -> bool:
+    def append(self, lease: Lease, drafts: Sequence[EventDraft], *, call: str | None = None) -> bool:
         """Append events of the current attempt, in order; false (and nothing written) when the lease is lost.
 
-        A `stage_start` moves the record's phase, a `stage_progress` its progress.
+        A `stage_start` moves the record's phase, a `stage_progress` its progress. `call` names what is appended: the
+        lease's latest, appended again since the answer was lost, is written once.
         """
         ...
 

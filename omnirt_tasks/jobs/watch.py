@@ -32,15 +32,17 @@ def watch(
         job = store.get(job_id)
         last = min(after, job.last_seq)
         over = job.record.finished
-        behind = True
+        behind, missed = True, False
         while True:
             if behind:
                 try:
+                    if missed and not over:
+                        last = _still_logged(store.get(job_id), last)
                     logged = store.events(job_id, after=last)
                 except StoreUnavailable:
                     logged = ()
                 else:
-                    behind = False
+                    behind = missed = False
                 for event in logged:
                     yield event
                     last = event.seq
@@ -52,12 +54,20 @@ def watch(
             if signal is None:
                 yield None
             elif not isinstance(signal, Event) or signal.seq > last + 1:
-                behind = True
+                behind, missed = True, missed or not isinstance(signal, Event)
             elif signal.seq == last + 1:
                 yield signal
                 last = signal.seq
                 if signal.terminal:
                     return
+
+
+def _still_logged(job: StoredJob, last: int) -> int:
+    """What the log still counts of `last`, which a watcher was told.
+
+    A Redis that lost its newest writes gives their numbers anew. The end, which is told last, was not told yet.
+    """
+    return min(last, job.last_seq - 1 if job.record.finished else job.last_seq)
 
 
 def wait_finished(store: JobStore, feed: EventSource, job_id: str, *, timeout_s: float) -> StoredJob | None:

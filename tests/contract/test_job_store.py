@@ -50,8 +50,12 @@ def _lapsed(rig: Rig) -> tuple[str, Lease, Lease]:
 # ---------------------------------------------------------------- claims and cancels
 
 
-def test_a_claim_that_takes_over_tells_that_the_job_was_requeued(rig: Rig) -> None:
-    job_id, _, _ = _lapsed(rig)
+def test_a_lease_that_has_expired_is_taken_away_by_a_round_and_by_no_claim(rig: Rig) -> None:
+    job_id, newest, _ = _lapsed(rig)
+    assert rig.store.claim(job_id, worker_id="w2", lease_ttl_ms=LONG_MS, alone=True) is None
+    assert rig.store.renew(newest, lease_ttl_ms=1).held  # as its holder does after an outage
+    rig.pass_time(2)
+    rig.store.reconcile(unclaimed_after_ms=LONG_MS)
     claimed(rig.store, job_id, worker_id="w2")
     told = [(event.event, event.data) for event in rig.store.events(job_id)[-2:]]
     assert told == [
@@ -60,13 +64,28 @@ def test_a_claim_that_takes_over_tells_that_the_job_was_requeued(rig: Rig) -> No
     ]
 
 
-def test_a_claim_of_what_was_to_be_cancelled_cancels_it(rig: Rig) -> None:
-    job_id = rig.store.create(new_job()).record.id
-    claimed(rig.store, job_id, lease_ttl_ms=1)
-    rig.store.cancel(job_id)
-    rig.pass_time(2)
-    assert rig.store.claim(job_id, worker_id="w2", lease_ttl_ms=LONG_MS) is None
-    assert rig.store.get(job_id).record.state is JobState.CANCELLED
+def test_a_claim_that_is_made_again_with_its_token_gives_the_same_claim(rig: Rig) -> None:
+    job_id = rig.store.create(new_job(deadline_s=60)).record.id
+
+    def claim(token: str) -> object:
+        return rig.store.claim(job_id, worker_id="w1", lease_ttl_ms=LONG_MS, alone=True, token=token)
+
+    first = claim("token")
+    assert claim("another") is None
+    assert claim("token") == first
+    assert rig.store.get(job_id).record.attempt == 1
+
+
+def test_events_that_are_appended_again_under_their_name_are_logged_once(rig: Rig) -> None:
+    job_id, lease, _ = _running(rig)
+    rig.store.append(lease, [step(1)], call="one")
+    rig.store.checkpoint(lease, name="a", step=1)
+    rig.store.cancel(job_id)  # as others do before the first one is tried again
+    before = rig.store.events(job_id)
+    assert rig.store.append(lease, [step(1)], call="one")
+    assert rig.store.events(job_id) == before
+    assert rig.store.append(lease, [step(2)], call="two")
+    assert len(rig.store.events(job_id)) == len(before) + 1
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ class Model:
             self.avoided, self.avoided_until = self.worker_id, now + how.delay_ms + how.avoid_ms
 
     def act_on_time(self, now: int) -> None:
-        """What a claim or a round does first with a job whose time has come."""
+        """What a round does with a job whose time has come; a claim does it with one that waits."""
         if self.state is JobState.RUNNING and self.lease_until <= now:
             self.release(Requeue("lease_expired", died=True), now)
         elif self.state is JobState.QUEUED and self.deadline_at <= now:
@@ -218,7 +218,8 @@ class StoreMachine(RuleBasedStateMachine):
     )
     def claim(self, index: int, worker_id: str, lease_ttl_ms: int, alone: bool) -> None:
         job_id, model = self.pick(index)
-        model.act_on_time(self.now)
+        if model.state is JobState.QUEUED:
+            model.act_on_time(self.now)
         claim = self.store.claim(job_id, worker_id=worker_id, lease_ttl_ms=lease_ttl_ms, alone=alone)
         if model.state is not JobState.QUEUED or self.now < model.not_before:
             assert claim is None

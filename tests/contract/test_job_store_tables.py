@@ -159,23 +159,17 @@ TABLES: dict[str, str] = {
         queued            | won              | running                            | job_started
         queued, late      | -                | failed, timeout                    | job_failed
         runs alone        | must run alone
-        lapsed            | must run alone   | queued, alone                      | job_requeued
-        lapsed, last life | -                | failed, worker_lost, dead letter   | job_failed
     """,
     "claim by w1, alone": """
         queued            | won              | running                            | job_started
         queued, late      | -                | failed, timeout                    | job_failed
         runs alone        | won              | running, alone                     | job_started
-        lapsed            | won              | running, alone                     | job_requeued job_started
-        lapsed, last life | -                | failed, worker_lost, dead letter   | job_failed
     """,
     "claim by w2, alone": """
         queued            | won              | running                            | job_started
         queued, late      | -                | failed, timeout                    | job_failed
         left to another   | won              | running                            | job_started
         runs alone        | won              | running, alone                     | job_started
-        lapsed            | won              | running, alone                     | job_requeued job_started
-        lapsed, last life | -                | failed, worker_lost, dead letter   | job_failed
     """,
     "renew": """
         running           | held

@@ -80,6 +80,7 @@ def test_every_accepted_job_ends_once_and_nothing_is_left_whatever_dies(cluster:
         injector.close()
     _tell(f"{time.monotonic() - began_s:6.1f} s  every caller has seen its jobs' ends")
 
+    cluster.wait_ready()  # the last fault may have been a moment ago
     eventually(
         lambda: not list(leftovers(cluster.settings)), MENDED_S, told=lambda: "\n".join(leftovers(cluster.settings))
     )

@@ -188,3 +188,29 @@ def test_the_command_lists_retries_and_drops_dead_letters(gateway: Gateway) -> N
     assert not {job_id, other} & dead(gateway)
     assert gateway.http.get(f"/v1/jobs/{other}").status_code == 404
     assert gateway.http.get(f"/v1/jobs/{job_id}").status_code == 200
+
+
+def test_a_job_that_is_refused_keeps_a_command_from_none_of_the_others(gateway: Gateway) -> None:
+    before, after = dead_letter(gateway), dead_letter(gateway)
+    runner = CliRunner()
+
+    retried = runner.invoke(cli, ["jobs", "retry", before, "nobody", after, "--url", gateway.url])
+    dropped = runner.invoke(cli, ["jobs", "drop", before, "nobody", after, "--json", "--url", gateway.url])
+
+    assert (retried.exit_code, dropped.exit_code) == (2, 2)
+    assert [line.partition(": again as ")[0] for line in retried.stdout.splitlines()] == [before, after]
+    assert "nobody: job_not_found: " in retried.stderr
+    told = json.loads(dropped.stdout)
+    assert (told[before], told[after]) == ("dropped", "dropped")
+    assert told["nobody"]["error"]["code"] == "job_not_found"
+
+
+@pytest.mark.parametrize("options", [(), ("--dead",)], ids=["all", "dead"])
+def test_the_list_of_jobs_is_whole_on_a_terminal_of_80_columns(gateway: Gateway, options: tuple[str, ...]) -> None:
+    job_id = dead_letter(gateway)
+
+    shown = CliRunner().invoke(cli, ["jobs", "list", *options, "--url", gateway.url], env={"COLUMNS": "80"})
+
+    assert shown.exit_code == 0
+    assert job_id in shown.stdout
+    assert "…" not in shown.stdout

@@ -1,6 +1,7 @@
 """A purged job leaves nothing, also where a real worker ran it: no key, no file."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from omnirt_tasks.local_files import data_url
 from omnirt_tasks.requests import text2image
 from omnirt_tasks.settings import Settings
 from omnirt_tasks.validation import parse_request
-from tests.support.gateway import QUEUE, code_of, gateway_settings, png, running_gateway
+from tests.support.gateway import QUEUE, REQUEST, code_of, gateway_settings, png, running_gateway
 from tests.support.processes import Processes
 from tests.support.waiting import eventually
+from web.app import create_app
+from web.services import build
 
 
 @pytest.fixture
@@ -103,3 +106,23 @@ def test_a_purge_that_the_storage_stopped_can_be_done_again(redis_url: str, tmp_
         assert (stopped.status_code, code_of(stopped)) == (503, "storage_error")
         assert gateway.http.delete(f"/v1/jobs/{job_id}?purge=true").status_code == 204
         assert not folder.exists()
+
+
+def test_a_retry_is_accepted_though_its_job_is_purged_at_that_moment(
+    redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = gateway_settings(redis_url, tmp_path)
+    with closing(build(settings)) as parts:
+        http, store = create_app(settings, parts).test_client(), parts.store
+        job_id = http.post("/v1/jobs", json=REQUEST).get_json()["id"]
+        store.cancel(job_id)
+        forget = store.forget_dead_letter
+
+        def overtaken(asked: str) -> None:
+            store.purge(asked)
+            forget(asked)
+
+        monkeypatch.setattr(store, "forget_dead_letter", overtaken)
+        answer = http.post(f"/v1/jobs/{job_id}/retry")
+
+        assert (answer.status_code, answer.get_json()["state"]) == (202, "queued")

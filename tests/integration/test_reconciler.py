@@ -2,10 +2,11 @@
 
 import logging
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from time import monotonic
@@ -162,6 +163,13 @@ def test_a_job_that_waits_past_its_deadline_has_failed_and_is_not_sent(
 # ---------------------------------------------------------------- after an outage
 
 
+class _AwayBroker(Surroundings):
+    """Where no message can be sent."""
+
+    def resend(self, job_id: str, queue: str) -> None:
+        raise StoreUnavailable("The broker does not answer.")
+
+
 class AwayStore(MemoryJobStore):
     """A store in memory that is away when told so."""
 
@@ -194,6 +202,41 @@ def test_after_an_outage_no_lease_expires_until_its_holder_could_renew_it(clock:
     eventually(expired)
     assert spared
     assert monotonic() - began >= 0.1
+
+
+def test_a_store_that_hung_was_away_although_it_refused_nobody(store: MemoryJobStore, clock: ManualClock) -> None:
+    hangs_s = [0.06, 0.0]
+
+    @contextmanager
+    def turn() -> Iterator[bool]:
+        time.sleep(hangs_s.pop(0))
+        yield True
+
+    job_id = store.create(new_job()).record.id
+    claimed(store, job_id, lease_ttl_ms=1)
+    clock.pass_time(2)
+    reconciler = _reconciler(store, Surroundings(), turn=turn, lease_ttl_s=0.15)
+    reconciler.round()
+    assert store.get(job_id).record.state is JobState.RUNNING  # its holder hung as well
+    time.sleep(0.15)
+    reconciler.round()
+    assert store.get(job_id).record.state is JobState.QUEUED
+
+
+def test_a_broker_that_is_away_by_itself_spares_no_lease(store: MemoryJobStore, clock: ManualClock) -> None:
+    away = _AwayBroker()
+    lost = store.create(new_job()).record.id
+    dead = store.create(new_job()).record.id
+    claimed(store, dead, lease_ttl_ms=40)
+    reconciler = _reconciler(store, away, lease_ttl_s=60)
+    clock.pass_time(30)
+    with pytest.raises(StoreUnavailable):
+        reconciler.round()  # over the message of the one that is lost
+    clock.pass_time(20)
+    with pytest.raises(StoreUnavailable):
+        reconciler.round()
+    assert store.get(dead).record.state is JobState.QUEUED
+    assert store.get(lost).record.state is JobState.QUEUED
 
 
 def test_a_store_that_has_only_just_come_up_lets_no_lease_expire_yet(store: MemoryJobStore, clock: ManualClock) -> None:
@@ -325,6 +368,7 @@ def test_the_messages_that_wait_in_celerys_lists_are_found(settings: Settings, c
         app.send_task("omnirt.generate", args=["two"], task_id="two", queue=queue, priority=5)
         prefix = broker_prefix(settings)
         client.lpush(prefix + queue, "no message of Celery's", '{"headers": null}', "[]", b"\x80\x04 pickled")
+        client.lpush(prefix + queue, "[" * 100_000)
         waiting = celery_waiting(client, prefix=prefix)
         assert waiting(queue) == {"one", "two"}
         assert waiting(f"{queue}-other") == frozenset()

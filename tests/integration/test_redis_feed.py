@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 from omnirt_tasks.contract import Event, EventName
 from omnirt_tasks.embedded import EmbeddedBroker
@@ -161,6 +162,41 @@ def test_a_connection_that_was_killed_is_made_again_and_the_watchers_are_told(sy
         event = subscription.next(10)
         assert isinstance(event, Event)
         assert event.event is EventName.STAGE_PROGRESS
+
+
+@pytest.mark.parametrize("ended_unseen", [True, False])
+def test_a_watcher_sees_the_end_though_redis_lost_what_it_was_told(system: System, ended_unseen: bool) -> None:
+    job_id, lease = system.start_job()
+    kept = [f"{system.prefix}:{kind}:{job_id}" for kind in ("job", "log")]
+    on_disk = {key: _binary(system).dump(key) for key in kept}
+    with closing(watch(system.store, system.feed, job_id, keepalive_s=0.2)) as events:
+        assert next(events) is not None
+        system.store.append(lease, [step(number) for number in (1, 2, 3)])
+        told = [event.seq for event in _until(events, 5)]
+        for key, value in on_disk.items():  # as after a loss of power
+            system.client.delete(key)
+            _binary(system).restore(key, 0, value)
+        system.client.client_kill_filter(_type="pubsub")
+        if not ended_unseen:
+            assert next(events) is None
+        system.store.commit(lease, failed())
+        names = [event.event for event in events if event is not None]
+    assert told == [2, 3, 4, 5]
+    assert names == [EventName.JOB_FAILED]
+
+
+def _binary(system: System) -> Any:
+    """A client whose answers are bytes, for what is no text."""
+    pool = system.client.connection_pool
+    options = {**pool.connection_kwargs, "decode_responses": False}
+    return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=pool.connection_class, **options))
+
+
+def _until(events: Iterator[Event | None], seq: int) -> list[Event]:
+    told: list[Event] = []
+    while not told or told[-1].seq < seq:
+        told += [event for event in [next(events)] if event is not None]
+    return told
 
 
 def test_a_subscription_while_the_broker_is_away_is_refused_and_works_later(

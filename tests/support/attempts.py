@@ -4,7 +4,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omnirt_tasks.artifacts import ArtifactStorage
 from omnirt_tasks.clock import unix_ms
@@ -41,6 +41,8 @@ from workers.host import (
 )
 
 QUEUE = "cpu-stub-stub"
+
+T = TypeVar("T")
 
 
 class ScriptedHost:
@@ -101,7 +103,7 @@ class ScriptedHost:
 
 
 class FlakyStore(MemoryJobStore):
-    """A store that is away while `away` is set; `lose_answers` calls of commit work but their answers are lost.
+    """A store that is away while `away` is set; `lose_answers` of claims, appends and commits are lost.
 
     Its clock runs with ours, `ahead_ms` before it.
     """
@@ -115,20 +117,22 @@ class FlakyStore(MemoryJobStore):
 
     def claim(self, job_id: str, **claim: Any) -> Claim | MustRunAlone | None:
         self._check()
-        return super().claim(job_id, **claim)
+        return self._answered(super().claim(job_id, **claim))
 
-    def append(self, lease: Lease, drafts: Sequence[EventDraft]) -> bool:
+    def append(self, lease: Lease, drafts: Sequence[EventDraft], *, call: str | None = None) -> bool:
         self._check()
         self.appended.extend(drafts)
-        return super().append(lease, drafts)
+        return self._answered(super().append(lease, drafts, call=call))
 
     def commit(self, lease: Lease, outcome: Outcome) -> bool:
         self._check()
-        committed = super().commit(lease, outcome)
+        return self._answered(super().commit(lease, outcome))
+
+    def _answered(self, answer: T) -> T:
         if self.lose_answers:
             self.lose_answers -= 1
             raise StoreUnavailable("its answer was lost")
-        return committed
+        return answer
 
     def _check(self) -> None:
         if self.away:
@@ -205,6 +209,11 @@ class Bench:
         self.begin(job_id)
         eventually(lambda: self.orders(job_id, attempt))
         return job_id
+
+    def let_the_lease_lapse(self) -> None:
+        """Pass the lease's time, and have it taken away."""
+        self.store.ahead_ms += 60_000
+        assert self.store.reconcile(unclaimed_after_ms=600_000).expired
 
     def orders(self, job_id: str, attempt: int) -> bool:
         """Whether the device has been given this attempt."""

@@ -175,7 +175,7 @@ def test_an_attempt_that_was_fenced_keeps_its_hands_off_the_checkpoint_that_the_
     job_id = bench.begun()
     make_checkpoint(bench, 5)
     eventually(lambda: kept(bench))
-    bench.store.ahead_ms = 60_000  # its lease has run out, and it does not know
+    bench.let_the_lease_lapse()  # it does not know
     other.again()
 
     bench.host.succeed(job_id)
@@ -191,7 +191,7 @@ def test_what_a_fenced_attempt_publishes_after_the_job_is_over_goes(make_bench: 
     bench = make_bench()
     other = make_bench(beside=bench)
     job_id = bench.begun()
-    bench.store.ahead_ms = 60_000
+    bench.let_the_lease_lapse()
     other.host.succeed(other.again(), b"the second attempt's")
     other.end()
 

@@ -157,6 +157,29 @@ def test_a_commit_whose_answer_was_lost_is_no_reason_to_remove_the_result(bench:
     assert [event.event for event in bench.store.events(job_id)].count(EventName.JOB_FINISHED) == 1
 
 
+def test_a_claim_whose_answer_was_lost_is_ours_all_the_same(bench: Bench) -> None:
+    bench.store.lose_answers = 2
+    job_id = bench.begun()
+    bench.host.succeed(job_id)
+
+    ended = bench.end()
+
+    assert ended is not None
+    assert (ended.record.state, ended.record.attempt) == (JobState.SUCCEEDED, 1)
+
+
+def test_events_whose_answer_was_lost_are_told_once(bench: Bench) -> None:
+    job_id = bench.begun()
+    bench.store.lose_answers = 2
+    for step in (1, 2):
+        bench.host.tell[job_id](HostEvent(EventName.STAGE_PROGRESS, "denoise", {"step": step, "total": 2}))
+    eventually(lambda: not bench.store.lose_answers)
+    bench.host.succeed(job_id)
+    bench.end()
+
+    assert [event.data["step"] for event in bench.events(EventName.STAGE_PROGRESS)] == [1, 2]
+
+
 def test_a_failed_run_fails_its_job_with_the_runs_own_error(bench: Bench) -> None:
     job_id = bench.begun()
 

@@ -1,6 +1,8 @@
 """The state of a denoising, to bytes and back to the last bit."""
 
+import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,14 @@ def test_what_is_neither_is_named_and_not_kept(value: object) -> None:
         state_of({"odd": value}).encode()
 
 
+def with_head(head: bytes) -> bytes:
+    import safetensors.torch
+    import torch
+
+    tensors = {"head": torch.frombuffer(bytearray(head), dtype=torch.uint8), "latents": torch.zeros(1)}
+    return safetensors.torch.save(tensors)
+
+
 def test_what_was_written_by_another_program_is_refused() -> None:
     import safetensors.torch
     import torch
@@ -79,10 +89,37 @@ def test_what_was_written_by_another_program_is_refused() -> None:
         safetensors.torch.save({"latents": torch.zeros(1)}),
         safetensors.torch.save({"head": torch.frombuffer(bytearray(b'{"format": 1}'), dtype=torch.uint8)}),
         safetensors.torch.save({"head": torch.frombuffer(bytearray(b'{"format": 2}'), dtype=torch.uint8)}),
-        safetensors.torch.save({"head": torch.frombuffer(bytearray(b"[1, 2"), dtype=torch.uint8)}),
+        *map(
+            with_head,
+            (
+                b"[1, 2",
+                b"[" * 100_000,
+                b'{"format": 1, "run": "", "step": Infinity}',
+                b'{"format": 1, "run": "", "step": 1, "total": 2, "generators": 1e999, "scheduler": {}}',
+                b'{"format": 1, "run": "", "step": 1, "total": 2, "generators": 9, "scheduler": {}}',
+                b'{"format": 1, "run": "", "step": 1, "total": 2, "generators": 0, "scheduler": {"a": {"list": 5}}}',
+            ),
+        ),
     ):
         with pytest.raises(CheckpointUnusable):
             DenoisingState.decode(content, torch.device("cpu"))
+
+
+def test_only_what_a_run_leaves_behind_can_be_put_back() -> None:
+    import diffusers
+    import torch
+
+    from workers.executors.denoising_state import can_be_put_back
+
+    scheduler, generator = diffusers.EulerDiscreteScheduler(), torch.Generator("cpu")
+    scheduler.step = functools.wraps(scheduler.step)(lambda *_: None)  # as a run's own is
+    whole = state_of({"_step_index": 3, "an_attribute_that_comes_later": None})
+    assert can_be_put_back(whole, scheduler, [generator])
+    for name in ("step", "set_timesteps", "_internal_dict", "__class__"):
+        assert not can_be_put_back(state_of({name: 1}), scheduler, [generator]), name
+    for then in (torch.zeros(3), torch.zeros(5056, dtype=torch.uint8), torch.zeros(7, dtype=torch.uint8)):
+        assert not can_be_put_back(replace(whole, generators=(then,)), scheduler, [generator])
+    assert not can_be_put_back(whole, scheduler, [])
 
 
 def test_a_state_holds_no_word_of_the_prompt() -> None:

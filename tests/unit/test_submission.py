@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,8 @@ from omnirt_tasks.errors import (
     InsufficientMemory,
     OmnirtError,
     QueueFull,
+    StorageError,
+    StoreUnavailable,
     UploadNotFound,
     ValidationFailed,
 )
@@ -258,3 +261,54 @@ def test_a_job_again_has_the_seed_that_was_drawn_for_it_and_the_inputs_that_were
     assert again.resolved.inputs.image is not None
     assert again.resolved.config["seed"] is not None
     assert (again.resolved.tags, again.resolved.deadline_s) == (("a",), 60.0)
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["not written", "written, and the answer lost"])
+def test_the_inputs_of_a_submit_that_the_store_stopped_stay_only_where_there_is_a_job(
+    house: House, monkeypatch: pytest.MonkeyPatch, written: bool
+) -> None:
+    create = house.store.create
+
+    def stopped(*given: Any, **more: Any) -> None:
+        if written:
+            create(*given, **more)
+        raise StoreUnavailable("The store is full.")
+
+    monkeypatch.setattr(house.store, "create", stopped)
+    with pytest.raises(StoreUnavailable):
+        house.edit(data_url(png()))
+
+    assert len(list(house.folder.glob("uploads/*.bin"))) == written
+
+
+def test_the_inputs_of_a_submit_stay_where_nobody_can_say_whether_there_is_a_job(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: Any, **__: Any) -> None:
+        raise StoreUnavailable("The store is away.")
+
+    for call in ("create", "get"):
+        monkeypatch.setattr(house.store, call, away)
+    with pytest.raises(StoreUnavailable):
+        house.edit(data_url(png()))
+
+    assert len(list(house.folder.glob("uploads/*.bin"))) == 1
+
+
+def test_where_the_storage_takes_one_of_two_inputs_neither_stays(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    put, kept = house.uploads.put, 0
+
+    def full_after_one(*given: Any, **more: Any) -> Any:
+        nonlocal kept
+        if kept:
+            raise StorageError("The disk is full.")
+        kept += 1
+        return put(*given, **more)
+
+    monkeypatch.setattr(house.uploads, "put", full_after_one)
+    inputs = {"prompt": "a cat", "image": data_url(png()), "mask": data_url(png())}
+    with pytest.raises(StorageError):
+        house.submit(model="sdxl-base-1.0", task="inpaint", inputs=inputs)
+
+    assert kept == 1
+    assert not list(house.folder.glob("uploads/*"))

@@ -4,10 +4,11 @@ run's thread ─► EventBuffer.put (never blocks) ─► flusher thread ─► 
 """
 
 import logging
+import secrets
 import threading
 from collections import deque
 from collections.abc import Callable
-from itertools import islice
+from dataclasses import dataclass
 
 from omnirt_tasks.contract import EventName
 from omnirt_tasks.errors import JobNotFound, StoreUnavailable
@@ -19,6 +20,14 @@ BUFFERED_EVENTS_MAX = 512  # per run
 BATCH_EVENTS_MAX = 128
 BACKOFF_FIRST_S = 0.05
 BACKOFF_MAX_S = 1.0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Events that are written together. One whose answer was lost is written again as it was, and counts once."""
+
+    call: str
+    drafts: tuple[EventDraft, ...]
 
 
 class EventBuffer:
@@ -34,7 +43,7 @@ class EventBuffer:
         self._changed = changed
         self._enqueue = enqueue
         self._waiting: deque[EventDraft] = deque()
-        self._being_written = 0
+        self._batch: Batch | None = None  # taken, and not known to be written
 
     def put(self, draft: EventDraft) -> None:
         """Take the event, to be written soon. Never blocks on the store."""
@@ -56,29 +65,28 @@ class EventBuffer:
     def drain(self, timeout_s: float) -> bool:
         """Wait until all that was put is written, or of no use since the lease is lost; false after `timeout_s`."""
         with self._changed:
-            return self._changed.wait_for(lambda: self.lost or not (self._waiting or self._being_written), timeout_s)
+            return self._changed.wait_for(lambda: self.lost or not (self._waiting or self._batch), timeout_s)
 
     def discard(self) -> None:
         """Forget what is not written, and take no more."""
         with self._changed:
             self.lost = True
             self._waiting.clear()
+            self._batch = None
             self._changed.notify_all()
 
-    def take(self) -> list[EventDraft]:
-        """The next batch, for the flusher, which holds the condition."""
-        batch = list(islice(self._waiting, BATCH_EVENTS_MAX))
-        for _ in batch:
-            self._waiting.popleft()
-        self._being_written = len(batch)
-        return batch
+    def take(self) -> Batch | None:
+        """The next batch, the last one if it is not written, or None. For the flusher, which holds the condition."""
+        if self._batch is None and self._waiting:
+            size = min(len(self._waiting), BATCH_EVENTS_MAX)
+            self._batch = Batch(secrets.token_hex(8), tuple(self._waiting.popleft() for _ in range(size)))
+        return self._batch
 
-    def settle(self, batch: list[EventDraft], *, written: bool) -> bool:
+    def settle(self, *, written: bool) -> bool:
         """Note what became of the batch; true when more waits. For the flusher, which holds the condition."""
-        self._being_written = 0
-        if not written and not self.lost:
-            self._waiting.extendleft(reversed(batch))
-        return bool(self._waiting)
+        if written:
+            self._batch = None
+        return bool(self._waiting or self._batch)
 
     def _drop_oldest(self, name: EventName) -> bool:
         for place, draft in enumerate(self._waiting):
@@ -132,13 +140,13 @@ class EventFlusher:
                 buffer = next(iter(self._dirty))
                 del self._dirty[buffer]
                 batch = buffer.take()
-            if batch:
+            if batch is not None:
                 self._write(buffer, batch)
 
-    def _write(self, buffer: EventBuffer, batch: list[EventDraft]) -> None:
+    def _write(self, buffer: EventBuffer, batch: Batch) -> None:
         written = held = True
         try:
-            held = self._store.append(buffer.lease, batch)
+            held = self._store.append(buffer.lease, batch.drafts, call=batch.call)
             self._backoff_s = 0.0
         except JobNotFound:  # purged while it ran
             held = False
@@ -152,7 +160,7 @@ class EventFlusher:
         if not held:
             buffer.discard()
         with self._changed:
-            if buffer.settle(batch, written=written):
+            if buffer.settle(written=written):
                 self._dirty[buffer] = None
             self._changed.notify_all()
         if not held:

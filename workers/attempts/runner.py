@@ -8,6 +8,7 @@ gate ─► claim ─► inputs to scratch ─► host.submit ─► outcome ─
 
 import contextlib
 import logging
+import secrets
 import threading
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -224,6 +225,8 @@ class AttemptRunner:
         raise AssertionError("a claim that promises to be alone was told to be")
 
     def _claim(self, job_id: str, *, alone: bool) -> Claim | MustRunAlone | None:
+        token = secrets.token_hex(16)  # one for all tries: what was won is ours, though the answer be lost
+
         def claim() -> Claim | MustRunAlone | None:
             return self._store.claim(
                 job_id,
@@ -232,6 +235,7 @@ class AttemptRunner:
                 execution_mode=self._execution_mode,
                 alone=alone,
                 queues=self._queues,
+                token=token,
             )
 
         return self._patiently(claim, "claimed")

@@ -23,6 +23,8 @@ FORMAT = 1
 HEAD, LATENTS, GENERATOR = "head", "latents", "generator"
 # A scheduler's configuration, which it is made from and does not change.
 CONFIGURATION = "_internal_dict"
+# What JSON that is too deep, or has numbers without end, raises.
+_ENDLESS = (RecursionError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class DenoisingState:
                 scheduler={name: _unpacked(value, tensors, device) for name, value in head["scheduler"].items()},
                 generators=tuple(tensors[f"{GENERATOR}.{index}"] for index in range(head["generators"])),
             )
-        except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, *_ENDLESS) as error:
             raise CheckpointUnusable("it is no state of a denoising") from error
 
 
@@ -85,6 +87,18 @@ def state_after(
         if name != CONFIGURATION and not isinstance(value, FunctionType)
     }
     return DenoisingState(run, step, total, latents, attributes, tuple(each.get_state() for each in generators))
+
+
+def can_be_put_back(state: DenoisingState, scheduler: Any, generators: Sequence[torch.Generator]) -> bool:
+    """Whether `put_back` works, and changes no more than a run does; a file of ours is never in the way."""
+    if any(name == CONFIGURATION or callable(getattr(scheduler, name, None)) for name in state.scheduler):
+        return False
+    try:
+        for generator, then in zip(generators, state.generators, strict=True):
+            generator.clone_state().set_state(then)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return True
 
 
 def put_back(state: DenoisingState, scheduler: Any, generators: Sequence[torch.Generator]) -> None:

@@ -16,7 +16,7 @@ import torch
 from workers.checkpoints import CheckpointUnusable, read_checkpoint
 from workers.context import JobContext
 from workers.device import DeviceCall
-from workers.executors.denoising_state import DenoisingState, put_back
+from workers.executors.denoising_state import DenoisingState, can_be_put_back, put_back
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +79,8 @@ class Replay:
                 raise CheckpointUnusable("its latents are of another form")
             if len(state.generators) != len(self._generators):
                 raise CheckpointUnusable("it is of another number of pictures")
+            if not can_be_put_back(state, self._scheduler, self._generators):
+                raise CheckpointUnusable("it holds what no run leaves behind")
         except CheckpointUnusable as reason:
             _give_up(reason)
             return None

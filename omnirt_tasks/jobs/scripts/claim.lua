@@ -14,10 +14,7 @@ end
 local job = load()
 if not job or not served(job.queue) then return nil end
 if held(job, token) then return redis.call('HGETALL', job_key) end -- the answer was lost on its way
-if job.state == 'running' then
-  if not passed(job.lease_expires_at_ms) then return nil end
-  expire(job)
-elseif job.state == 'queued' and job.cancel_requested then
+if job.state == 'queued' and job.cancel_requested then
   finish(job, 'cancelled', 'job_cancelled', '{}')
 elseif job.state == 'queued' and passed(job.deadline_at_ms) then
   fail(job, TIMED_OUT)

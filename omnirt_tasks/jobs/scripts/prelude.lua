@@ -33,7 +33,7 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local FIELDS = {
   'state', 'queue', 'owner', 'serial', 'task', 'model', 'execution_mode', 'attempt', 'token', 'lease_expires_at_ms',
   'cancel_requested', 'deadline_at_ms', 'worker_id', 'alone', 'runs_alone', 'deaths', 'not_before_ms',
-  'avoided_worker', 'avoided_until_ms', 'idempotency', 'call', 'answer',
+  'avoided_worker', 'avoided_until_ms', 'idempotency', 'call', 'answer', 'appended',
 }
 
 -- What the scripts need of the record, or nil for an unknown job.

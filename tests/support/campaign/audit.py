@@ -27,6 +27,9 @@ ENDS = {
 }
 # Errors that the faults explain: a disk that stayed full for every try, and a killer that met the same lone job again.
 EXPLAINED = {"storage_error", "worker_lost"}
+EXPLAINED_SHARE_MAX = 0.05  # they are rare: where many jobs end so, something else is broken
+EXPLAINED_ALWAYS = 2
+STAYS = -1  # what Redis tells of a key without an expiry; of one that is gone by now it tells -2
 # Few, named, and of a bounded size: what may stay in Redis for good.
 PERMANENT = ("serial", "states", "finished", "owner:", "queues", "fleet", "workers", "dead:")
 GONE_PREFIXES = ("running:", "waiting:", "sent:", "delayed:", "deadlines")
@@ -35,6 +38,7 @@ GONE_PREFIXES = ("running:", "waiting:", "sent:", "delayed:", "deadlines")
 def complaints(stories: Sequence[Story], settings: Settings, url: str) -> Iterator[str]:
     """Every promise that was not kept; none is the aim."""
     ids = Counter(story.job_id for story in stories)
+    explained: Counter[str] = Counter()
     with Client(url, timeout_s=60.0) as client, httpx.Client(base_url=url, timeout=60.0) as http:
         for story in stories:
             name = f"job {story.planned.number} ({story.planned.kind}, {story.job_id})"
@@ -45,17 +49,26 @@ def complaints(stories: Sequence[Story], settings: Settings, url: str) -> Iterat
             if ids[story.job_id] > 1:
                 yield f"{name}: accepted for two submits"
             job, log = client.job(story.job_id), list(client.events(story.job_id, timeout_s=60.0))
+            if (code := _explained(job)) is not None:
+                explained[code] += 1
             yield from (f"{name}: {said}" for said in _of_life(story, job, log))
             yield from (f"{name}: {said}" for said in _of_outputs(job, http))
         accepted = {story.job_id for story in stories}
         yield from (f"job {job.id}: nobody submitted it" for job in client.jobs() if job.id not in accepted)
+    if explained.total() > max(EXPLAINED_ALWAYS, EXPLAINED_SHARE_MAX * len(stories)):
+        yield f"more jobs failed than the faults explain: {dict(explained)}"
     yield from leftovers(settings)
+
+
+def _explained(job: JobRecord) -> str | None:
+    """The code that the job failed with, if a fault may be the cause."""
+    code = job.error.code if job.error is not None else None
+    return code if job.state is JobState.FAILED and code in EXPLAINED else None
 
 
 def _of_life(story: Story, job: JobRecord, log: Sequence[Event]) -> Iterator[str]:
     code = job.error.code if job.error is not None else None
-    explained = job.state is JobState.FAILED and code in EXPLAINED
-    if job.state not in ENDS[story.planned.kind] and not explained:
+    if job.state not in ENDS[story.planned.kind] and _explained(job) is None:
         yield f"ended {job.state} ({job.error})"
     if story.planned.kind is Kind.FAILING and code not in {"model_failed", *EXPLAINED}:
         yield f"failed with {code}"
@@ -78,6 +91,10 @@ def _of_outputs(job: JobRecord, http: httpx.Client) -> Iterator[str]:
     if job.result is None or not job.result.outputs:
         yield "succeeded without a result"
         return
+    report = job.result.metadata
+    if (report.attempts, report.worker_id) != (job.attempt, job.worker_id):
+        # Two attempts give the same picture, so nothing but this tells that one published which had lost its lease.
+        yield f"attempt {report.attempts} ({report.worker_id}) published, and {job.attempt} ({job.worker_id}) held it"
     for output in job.result.outputs:
         body = http.get(output.path)
         if body.status_code != 200 or hashlib.sha256(body.content).hexdigest() != output.sha256:
@@ -94,9 +111,9 @@ def leftovers(settings: Settings) -> Iterator[str]:
             if name.startswith(GONE_PREFIXES):
                 yield f"{key} is left"
             elif key.startswith(broker):
-                if client.ttl(key) < 0 and not key.removeprefix(broker).startswith("_kombu.binding"):
+                if client.ttl(key) == STAYS and not key.removeprefix(broker).startswith("_kombu.binding"):
                     yield f"{key} is left, without an expiry"
-            elif client.ttl(key) < 0 and not name.startswith(PERMANENT):
+            elif client.ttl(key) == STAYS and not name.startswith(PERMANENT):
                 yield f"{key} has no expiry"
         jobs = {
             key.rpartition(":")[2]: client.hmget(key, "state", "attempt")

@@ -14,7 +14,7 @@ from omnirt_tasks.child_process import ChildProcess
 from omnirt_tasks.client import Client
 from omnirt_tasks.embedded import EmbeddedBroker
 from omnirt_tasks.errors import OmnirtError
-from omnirt_tasks.settings import Settings, load_settings
+from omnirt_tasks.settings import load_settings
 from tests.support.processes import PROJECT, environment, free_port
 from tests.support.waiting import eventually
 
@@ -82,6 +82,10 @@ class Cluster:
         for member in self.members:
             self._start(member)
         self._keeper.start()
+        self.wait_ready()
+
+    def wait_ready(self) -> None:
+        """Return once every gateway tells that all queues have their workers."""
         for url in self.urls:
             with Client(url) as client:
                 eventually(lambda client=client: self._is_ready(client), READY_S, told=self.tell)  # type: ignore[misc]
@@ -172,8 +176,3 @@ def processes_below(pid: int) -> list[psutil.Process]:
         return [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
-
-
-def settings_text(settings: Settings) -> str:
-    """The settings that were given, for the record of a campaign."""
-    return ", ".join(f"{name}={getattr(settings, name)}" for name in sorted(settings.model_fields_set))

@@ -1,6 +1,7 @@
 """The faults of a campaign, each done to a running system for real."""
 
 import base64
+import contextlib
 import json
 import os
 import pickle
@@ -21,15 +22,21 @@ from omnirt_tasks.tasks import GENERATE, send_job
 from tests.support.campaign.cluster import Cluster, Member, processes_below
 from tests.support.campaign.plan import Fault
 from tests.support.disks import full
+from tests.support.waiting import eventually
 
 OUTAGE_MAX_S = 3.0
 FROZEN_LEASES = 1.5
 FULL_S = 1.0
 STUB_QUEUE = "cpu-stub-stub"
+BACK_S = 60.0
+"""How long it may take until what the last fault has ended is there again, to meet the next one."""
 
 
 class Injector:
-    """Does faults to one cluster, one at a time. `known_job` gives the id of some job, or None."""
+    """Does faults to one cluster, one at a time. `known_job` gives the id of some job, or None.
+
+    A fault that finds its victim down waits until it is up again, so that none is done to nobody.
+    """
 
     def __init__(self, cluster: Cluster, rng: random.Random, known_job: Callable[[], str | None]) -> None:
         self._cluster = cluster
@@ -62,36 +69,42 @@ class Injector:
         self._app.close()
         self._redis.close()
 
-    def _some_worker(self) -> Member:
-        return self._rng.choice(self._cluster.workers)
+    def _some_worker(self) -> int:
+        return self._pid_of(self._rng.choice(self._cluster.workers))
+
+    def _pid_of(self, member: Member) -> int:
+        pid = eventually(lambda: member.pid, BACK_S, told=self._cluster.tell)
+        assert pid is not None
+        return pid
 
     def _kill_device(self) -> None:
-        pid = self._some_worker().pid
-        below = processes_below(pid) if pid is not None else []
-        for process in below:
-            if _is_device(process):
-                _signal(process.pid, signal.SIGKILL)
+        worker = self._rng.choice(self._cluster.workers)
+
+        def devices() -> list[psutil.Process]:
+            return [process for process in processes_below(self._pid_of(worker)) if _is_device(process)]
+
+        for device in eventually(devices, BACK_S, told=self._cluster.tell):
+            _signal(device.pid, signal.SIGKILL)
 
     def _kill_worker(self) -> None:
-        _signal(self._some_worker().pid, signal.SIGKILL)
+        _signal(self._some_worker(), signal.SIGKILL)
 
     def _kill_worker_group(self) -> None:
-        pid = self._some_worker().pid
-        for process in reversed(processes_below(pid) if pid is not None else []):
+        for process in reversed(processes_below(self._some_worker())):
             _signal(process.pid, signal.SIGKILL)
 
     def _freeze_worker(self) -> None:
-        pid = self._some_worker().pid
+        pid = self._some_worker()
         _signal(pid, signal.SIGSTOP)
         self._closing.wait(FROZEN_LEASES * self._cluster.settings.lease_ttl_s)
         _signal(pid, signal.SIGCONT)
 
     def _restart_worker(self) -> None:
-        _signal(self._some_worker().pid, signal.SIGTERM)
+        _signal(self._some_worker(), signal.SIGTERM)
 
     def _kill_gateway(self) -> None:
         _, gateway = self._rng.choice(self._cluster.gateways)
-        for process in processes_below(gateway.pid) if gateway.pid is not None else []:
+        for process in processes_below(self._pid_of(gateway)):
             _signal(process.pid, signal.SIGKILL)
 
     def _kill_broker(self) -> None:
@@ -127,12 +140,9 @@ def _is_device(process: psutil.Process) -> bool:
         return False
 
 
-def _signal(pid: int | None, number: signal.Signals) -> None:
-    if pid is not None:
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            return
+def _signal(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def _pickled_message() -> bytes:

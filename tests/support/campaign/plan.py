@@ -13,7 +13,7 @@ class Kind(StrEnum):
     """What a job is there for."""
 
     QUICK = "quick"
-    SLOW = "slow"
+    SLOW = "slow"  # and goes on from checkpoints
     DRAWING = "drawing"  # by a real model
     FAILING = "failing"  # by its model's own fault
     CRASHING = "crashing"  # takes the device's process with it, once
@@ -39,6 +39,7 @@ class Fault(StrEnum):
 KINDS = {Kind.QUICK: 40, Kind.SLOW: 20, Kind.DRAWING: 10, Kind.FAILING: 8, Kind.CRASHING: 7, Kind.CANCELLED: 15}
 CRASHES = ("kill", "segv", "exit")
 COLOURS = ("red", "blue", "green")
+KEPT_EVERY_STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,10 @@ def _job(number: int, rng: random.Random) -> PlannedJob:
         case Kind.QUICK:
             request = _stub(prompt, seed, num_inference_steps=rng.randint(2, 6), step_ms=10)
         case Kind.SLOW | Kind.CANCELLED:
-            request = _stub(prompt, seed, num_inference_steps=rng.randint(15, 40), step_ms=50)
+            steps = rng.randint(15, 40)
+            request = _stub(
+                prompt, seed, num_inference_steps=steps, step_ms=50, checkpoint_every_steps=KEPT_EVERY_STEPS
+            )
         case Kind.DRAWING:
             request = text2image(model="shapes", prompt=prompt, seed=seed, num_inference_steps=rng.randint(3, 8))
         case Kind.FAILING:
