@@ -50,14 +50,15 @@ class Drainer:
         if first is None:
             raise OperatorError(f"The worker {node} does not answer.", "Send its process a SIGTERM.")
         arguments = {} if grace_s is None else {"grace_s": grace_s}
-        silent = 0
+        silent, asked = 0, False
         while silent < SILENT_MAX:
             if last is not None:
                 if last.started_at_ms != first.started_at_ms:
                     return
                 on_progress(node, last.jobs)
-                if not last.leaving:
+                if not (asked and last.leaving):  # also of one that leaves already, whose grace this may shorten
                     self._ask("drain", node, **arguments)
+                    asked = True
             time.sleep(ASK_EVERY_S)
             last = self._in_hand(node)
             silent = silent + 1 if last is None else 0

@@ -98,6 +98,8 @@ class DeviceStep(bootsteps.StartStopStep):
     def start(self, worker: Any) -> None:
         from workers.serving import Serving  # the device side, in workers alone
 
+        # It says again with every lost connection what the settings have settled; Celery's logging undoes it before.
+        warnings.filterwarnings("ignore", category=CPendingDeprecationWarning, module="celery.worker.consumer")
         consumption = CeleryConsumption(worker)
         consumption.admit(0)  # until the device is there
         try:
@@ -186,8 +188,6 @@ def prepare(instance: Any, options: dict[str, Any], **_: Any) -> None:
         name = app.settings.worker_name or f"{seat.plan.backend}-{seat.device.index}"
         instance.hostname = f"{name}@{host}"
     instance.seat = seat
-    # It says again with every lost connection what the settings have settled.
-    warnings.filterwarnings("ignore", category=CPendingDeprecationWarning, module="celery.worker.consumer")
     if options.get("logfile") is None:
         signals.setup_logging.connect(_log_as(app.settings), weak=False)
     control_command(args=[("grace_s", float)], signature="[grace_s]")(drain)

@@ -12,6 +12,7 @@ import shutil
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 
@@ -80,6 +81,7 @@ class Serving:
         self._announcing = threading.Lock()
         self._announced = self._available = self._crowded = self._leaving = False
         self._grace: threading.Timer | None = None
+        self._leave_by_s = 0.0
         self._started_at_ms = unix_ms()
         with ExitStack() as undo:
             stores = open_stores(settings)
@@ -169,24 +171,28 @@ class Serving:
     def leave(self, grace_s: float) -> None:
         """Take and be routed no new job; those in hand may end by themselves for `grace_s`, then they are given back.
 
-        Asked again, it only shortens the grace to nothing.
+        Asked again, it can only shorten the grace.
         """
-        self._leaving = True
-        if self._grace is None:
-            self._grace = threading.Timer(grace_s, self.runner.give_back_all)
-            self._grace.name, self._grace.daemon = "leave-grace", True
-            self._grace.start()
-            # A signal may have come while this very thread holds a lock of the consumption or the heartbeat.
-            threading.Thread(target=self._withdraw, name="leave", daemon=True).start()
-        elif grace_s == 0:
-            self.runner.give_back_all()
+        leave_by_s = time.monotonic() + grace_s
+        first = self._grace is None
+        if self._grace is not None:
+            if leave_by_s >= self._leave_by_s:
+                return
+            self._grace.cancel()
+        self._leaving, self._leave_by_s = True, leave_by_s
+        self._grace = threading.Timer(grace_s, self.runner.give_back_all)
+        self._grace.name, self._grace.daemon = "leave-grace", True
+        self._grace.start()
+        if first:
+            # A signal may have come while this very thread holds a lock of the consumption, the heartbeat or the log.
+            threading.Thread(target=self._begin_to_leave, args=(grace_s,), name="leave", daemon=True).start()
 
     def drain(self, grace_s: float) -> None:
         """Leave, and once no job is in hand have the worker shut down. Returns at once."""
-        if self._leaving:
-            return
+        leaving = self._leaving
         self.leave(grace_s)
-        threading.Thread(target=self._end_once_idle, name="drain", daemon=True).start()
+        if not leaving:
+            threading.Thread(target=self._end_once_idle, name="drain", daemon=True).start()
 
     def close(self) -> None:
         """Wait for what runs, then end everything, last started first. Idempotent."""
@@ -227,6 +233,10 @@ class Serving:
         with self._announcing:
             if self._announced and self._available:
                 self._heartbeat.start()
+
+    def _begin_to_leave(self, grace_s: float) -> None:
+        logger.info("This worker leaves; %d jobs in hand have %g s to end.", self.runner.running, grace_s)
+        self._withdraw()
 
     def _withdraw(self) -> None:
         self._admit()

@@ -61,11 +61,11 @@ class JobProgress:
                 reason = str(event.data.get("reason", "?"))
                 self._note("queued again", _BACK_SINCE.get(reason, reason))
                 self._steps(0, None)
-            case EventName.RESUMED:
-                self._say(f"going on after step {event.data.get('step', '?')}")
             case EventName.STAGE_START:
                 self._say(_SAID.get(event.stage, event.stage))
-            case EventName.STAGE_PROGRESS:
+            case EventName.STAGE_PROGRESS | EventName.RESUMED:
+                if event.event is EventName.RESUMED:
+                    self._say(f"going on after step {event.data.get('step', '?')}")
                 step, total = event.data.get("step"), event.data.get("total")
                 if isinstance(step, int) and isinstance(total, int):
                     self._steps(step, total)

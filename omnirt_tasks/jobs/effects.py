@@ -27,6 +27,9 @@ DEATHS_MAX = 3
 QUEUES_MAX = 1_000
 """How many queues may hold jobs before a further one is opened for tags, which callers are free to invent."""
 
+AWAITED_MS = 5_000
+"""How long the word of a worker counts that it waits for a device to be free for a job that runs alone."""
+
 JOB_STAGE = "job"
 """The stage of the job's own events."""
 
@@ -146,7 +149,7 @@ def progress_of(draft: EventDraft) -> Progress | None:
     """The progress that the event tells of, if it does; a model's loading is none of a job's steps."""
     step, total = draft.data.get("step"), draft.data.get("total")
     if (
-        draft.event is not EventName.STAGE_PROGRESS
+        draft.event not in {EventName.STAGE_PROGRESS, EventName.RESUMED}
         or draft.stage == LOAD_STAGE
         or not isinstance(step, int)
         or not isinstance(total, int)

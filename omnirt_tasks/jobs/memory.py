@@ -20,6 +20,7 @@ from omnirt_tasks.contract import (
 )
 from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.jobs.effects import (
+    AWAITED_MS,
     DEATHS_MAX,
     JOB_STAGE,
     LEASE_EXPIRED,
@@ -155,6 +156,9 @@ class MemoryJobStore:
                 entry.sent_at_ms = 0  # its message is gone now: the next round sends it again
                 return None
             if entry.job.runs_alone and not alone:
+                if entry.awaited and entry.awaited[0] != worker_id and now_ms < entry.awaited[1]:
+                    return MustRunAlone(awaited=True)
+                entry.awaited = worker_id, now_ms + AWAITED_MS
                 return MustRunAlone()
             if execution_mode is not None:
                 entry.update(execution_mode=execution_mode)
@@ -363,7 +367,7 @@ class MemoryJobStore:
             raise AssertionError(f"a job never moves from {entry.record.state} to {state}")
         entry.update(state=state, phase=None, queue=None)
         entry.job = replace(entry.job, lease_expires_at_ms=None)
-        entry.token, entry.alone, entry.due_at_ms, entry.avoided = "", False, None, None
+        entry.token, entry.alone, entry.due_at_ms, entry.avoided, entry.awaited = "", False, None, None, None
         self._count(entry)
 
     def _finish(self, entry: Entry, state: JobState, event: EventName, data: JsonObject) -> None:

@@ -22,7 +22,8 @@ class Entry:
     """One job and what is kept beside it; `serial` is its place in the order of arrival.
 
     `alone` is said of the attempt in hand, `appended` names what it appended last. While it waits: `due_at_ms` is set
-    until its message is to be sent, and `avoided` is the worker that may not claim it before a time.
+    until its message is to be sent, `avoided` is the worker that may not claim it before a time, and `awaited` the one
+    that waits until then to give it a device to itself.
     """
 
     job: StoredJob
@@ -33,6 +34,7 @@ class Entry:
     appended: str | None = None
     due_at_ms: int | None = None
     avoided: tuple[str | None, int] | None = None
+    awaited: tuple[str, int] | None = None
     log: deque[Event] = field(default_factory=lambda: deque(maxlen=EVENT_LOG_LENGTH))
 
     @property

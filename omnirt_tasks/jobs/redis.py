@@ -186,8 +186,8 @@ class RedisJobStore:
         )  # fmt: skip
         if answer is None:
             return None
-        if answer == "must run alone":
-            return MustRunAlone()
+        if answer in ("must run alone", "awaited"):
+            return MustRunAlone(awaited=answer == "awaited")
         job = stored_job(job_id, fields_of(answer))
         return Claim(Lease(job_id, job.record.attempt, token), job, alone, remaining_ms(job.record))
 

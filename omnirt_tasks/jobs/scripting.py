@@ -9,7 +9,7 @@ import redis
 
 from omnirt_tasks.contract import ErrorInfo
 from omnirt_tasks.jobs.connection import reaching_store
-from omnirt_tasks.jobs.effects import DEATHS_MAX, EVENT_LOG_LENGTH, deadline_passed, died_too_often
+from omnirt_tasks.jobs.effects import AWAITED_MS, DEATHS_MAX, EVENT_LOG_LENGTH, deadline_passed, died_too_often
 
 _FOLDER = resources.files("omnirt_tasks.jobs") / "scripts"
 
@@ -18,6 +18,7 @@ def prelude(deaths_max: int = DEATHS_MAX) -> str:
     """What stands before every script: the rules that it shares with the other stores, as constants, then its own."""
     constants = {
         "LOG_LENGTH": str(EVENT_LOG_LENGTH),
+        "AWAITED_MS": str(AWAITED_MS),
         "DEATHS_MAX": str(deaths_max),
         "WORKER_LOST": _quoted(died_too_often(deaths_max)),
         "TIMED_OUT": _quoted(deadline_passed()),

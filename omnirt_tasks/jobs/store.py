@@ -119,7 +119,14 @@ class Claim:
 
 @dataclass(frozen=True)
 class MustRunAlone:
-    """A claim that was not made: the job is to be claimed by whoever has, and gives it, a device to itself."""
+    """A claim that was not made: the job is to be claimed by whoever has, and gives it, a device to itself.
+
+    Whoever was told so counts for `effects.AWAITED_MS` as the worker that waits until its device is free for the job,
+    and claims again to go on so. `awaited` says that another worker does: one whose device is not free now leaves the
+    job to it, lest a single job empties every device.
+    """
+
+    awaited: bool = False
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from hypothesis.stateful import (
 from omnirt_tasks.contract import ALLOWED_MOVES, CancelOutcome, Event, EventName, JobState
 from omnirt_tasks.errors import IdempotencyMismatch
 from omnirt_tasks.jobs.connection import connect
+from omnirt_tasks.jobs.effects import AWAITED_MS
 from omnirt_tasks.jobs.memory import MemoryJobStore
 from omnirt_tasks.jobs.redis import RedisJobStore
 from omnirt_tasks.jobs.store import (
@@ -92,6 +93,8 @@ class Model:
     dropped: bool = False  # its message was taken, and left, by the worker that is to leave it to another
     avoided: str = ""
     avoided_until: int = 0
+    awaited: str = ""
+    awaited_until: int = 0
     deaths: int = 0
     retries: int = 0
     checkpoint: Checkpoint | None = None
@@ -123,6 +126,7 @@ class Model:
             self.state = JobState.QUEUED
             self.not_before, self.delayed, self.dropped = now + how.delay_ms, how.delay_ms > 0, False
             self.avoided, self.avoided_until = self.worker_id, now + how.delay_ms + how.avoid_ms
+            self.awaited = ""
 
     def act_on_time(self, now: int) -> None:
         """What a round does with a job whose time has come; a claim does it with one that waits."""
@@ -227,7 +231,10 @@ class StoreMachine(RuleBasedStateMachine):
             assert claim is None
             model.dropped = True
         elif model.runs_alone and not alone:
-            assert claim == MustRunAlone()
+            elsewhere = model.awaited not in {"", worker_id} and self.now < model.awaited_until
+            assert claim == MustRunAlone(awaited=elsewhere)
+            if not elsewhere:
+                model.awaited, model.awaited_until = worker_id, self.now + AWAITED_MS
         else:
             assert isinstance(claim, Claim)
             model.claimed(claim.lease, worker_id=worker_id, alone=alone, until=self.now + lease_ttl_ms)

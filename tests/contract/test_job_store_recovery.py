@@ -7,8 +7,10 @@ import pytest
 
 from omnirt_tasks.contract import CancelOutcome, Event, EventName, JobState
 from omnirt_tasks.errors import JobNotFound
+from omnirt_tasks.jobs.effects import AWAITED_MS
 from omnirt_tasks.jobs.store import (
     Checkpoint,
+    Claim,
     JobPage,
     JobQuery,
     Lease,
@@ -129,13 +131,32 @@ def test_a_job_that_runs_alone_is_claimed_only_by_who_gives_it_a_device(rig: Rig
     log = rig.store.events(job_id)
 
     for worker_id in ("w1", "w2"):
-        assert rig.store.claim(job_id, worker_id=worker_id, lease_ttl_ms=LONG_MS) == MustRunAlone()
+        assert isinstance(rig.store.claim(job_id, worker_id=worker_id, lease_ttl_ms=LONG_MS), MustRunAlone)
     assert rig.store.events(job_id) == log  # it is there for whoever comes first
     claim = won(rig.store.claim(job_id, worker_id="w2", lease_ttl_ms=LONG_MS, alone=True))
 
     assert claim.alone
     assert claim.job.runs_alone
     assert rig.store.claim(job_id, worker_id="w1", lease_ttl_ms=LONG_MS) is None
+
+
+def test_one_worker_at_a_time_waits_to_give_a_job_its_device(rig: Rig) -> None:
+    job_id = rig.store.create(new_job()).record.id
+    rig.store.give_back(claimed(rig.store, job_id, alone=False), Requeue("died", died=True))
+
+    def ask(worker_id: str) -> Claim | MustRunAlone | None:
+        return rig.store.claim(job_id, worker_id=worker_id, lease_ttl_ms=LONG_MS)
+
+    assert ask("w1") == MustRunAlone(awaited=False)
+    assert ask("w2") == MustRunAlone(awaited=True)
+    rig.pass_time(AWAITED_MS - 1)
+    assert ask("w1") == MustRunAlone(awaited=False), "who asks again goes on waiting"
+    rig.pass_time(AWAITED_MS - 1)
+    assert ask("w2") == MustRunAlone(awaited=True)
+    rig.pass_time(1)
+    assert ask("w2") == MustRunAlone(awaited=False), "who asks no more waits no more"
+    rig.store.give_back(claimed(rig.store, job_id), Requeue("leaving"))
+    assert ask("w1") == MustRunAlone(awaited=False), "of an attempt that is over nothing is left"
 
 
 def test_deaths_in_company_count_for_nothing(rig: Rig) -> None:

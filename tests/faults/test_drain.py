@@ -150,6 +150,26 @@ def test_a_drain_with_a_grace_of_its_own_gives_back_what_is_not_over_by_then(
     system.store.cancel(job_id)
 
 
+def test_a_second_drain_shortens_the_grace_of_the_first(
+    system: JobSystem, processes: Processes, tmp_path: Path
+) -> None:
+    worker = processes.worker(system.settings.model_copy(update={"grace_s": 60.0}), STUB_QUEUE)
+    (record,) = live(system, 1)
+    job_id = system.submit(steps=200, step_ms=1_000)
+    system.seen(job_id, EventName.STAGE_PROGRESS)
+
+    with omnirt(system.settings, "worker", "drain", record.worker_id, cwd=tmp_path) as patient:
+        patient.until(f"{record.worker_id}: 1 job in hand")
+        with omnirt(system.settings, "worker", "drain", record.worker_id, "--grace", "0", cwd=tmp_path) as hasty:
+            assert hasty.result() == 0
+        assert patient.result() == 0
+
+    assert worker.wait(20)
+    assert (worker.exit_code, system.job(job_id).state) == (0, JobState.QUEUED)
+    assert reasons(system, job_id) == {LEAVING}
+    system.store.cancel(job_id)
+
+
 def test_draining_a_worker_that_is_not_there_names_those_that_are(
     system: JobSystem, processes: Processes, tmp_path: Path
 ) -> None:

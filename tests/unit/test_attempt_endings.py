@@ -92,6 +92,27 @@ def test_a_job_that_waits_to_be_alone_is_taken_by_whoever_can_first(make_bench: 
     bench.host.succeed(busy)
 
 
+def test_a_job_that_waits_to_be_alone_empties_one_device_and_no_other(make_bench: Callable[..., Bench]) -> None:
+    bench = make_bench()
+    other = make_bench(beside=bench)
+    victim = bench.begun("victim")
+    bench.host.end(victim, LOST)
+    bench.end(victim)
+    busy = bench.begun("busy")
+    bench.begin(victim)
+    eventually(lambda: bench.crowded)
+    also_busy = other.begun("also-busy")
+
+    assert other.runner.run(victim) is None, "another worker waits for it already"
+
+    assert not other.crowded
+    bench.host.succeed(busy)
+    eventually(lambda: bench.orders(victim, 2))
+    for here, job_id in ((bench, victim), (other, also_busy)):
+        here.host.succeed(job_id)
+        assert here.end(job_id).record.state is JobState.SUCCEEDED  # type: ignore[union-attr]
+
+
 def test_a_message_that_comes_twice_while_its_job_waits_to_be_alone_is_dropped(bench: Bench) -> None:
     victim = bench.begun("victim")
     bench.host.end(victim, LOST)

@@ -14,6 +14,8 @@ from workers.host import HostEvent, RunOrder
 
 logger = logging.getLogger(__name__)
 
+RESUME_FILE = "resume"
+
 
 class CheckpointKeeper:
     """Keeps the newest checkpoint of each run, and gives it to the next attempt. Safe to share between threads."""
@@ -57,7 +59,7 @@ class CheckpointKeeper:
         checkpoint = job.checkpoint
         if checkpoint is None:
             return None
-        target = folder / checkpoint.name
+        target = folder / RESUME_FILE
         try:
             self._artifacts.fetch_checkpoint(job.record.id, checkpoint.attempt, checkpoint.name, target)
         except OmnirtError as error:

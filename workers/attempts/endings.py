@@ -85,7 +85,7 @@ class Endings:
             case RunLost(detail):
                 if (wanted := run.interrupted_by()) is not None:  # it was to end in any case
                     return self._stop(run, wanted, buffer)
-                logger.warning("Job %s goes back to its queue: %s", run.lease.job_id, detail)
+                logger.warning("Job %s lost what ran it: %s", run.lease.job_id, detail)
                 return self._give_back(run, buffer, DEVICE_LOST)
 
     def fail(self, run: Run, error: ErrorInfo, buffer: EventBuffer) -> AttemptEnd | None:
@@ -108,6 +108,7 @@ class Endings:
             case InterruptReason.LEASE_LOST:
                 return self._ended(run, self._now(run))  # another attempt has the job: nothing of this one counts
             case InterruptReason.GIVE_BACK:
+                logger.info("Job %s goes back to its queue, since this worker leaves.", run.lease.job_id)
                 return self._give_back(run, buffer, LEAVING)
             case InterruptReason.TIMEOUT:
                 return self._settle(run, buffer, lambda: Failed(run.limit.error()))

@@ -216,46 +216,57 @@ class AttemptRunner:
                 run.once_off_device(lambda: self._gate.leave(place))
 
     def _claimed(self, job_id: str, place: Place) -> Claim | None:
-        for alone in (False, True):
-            if not self._entered(job_id, place, alone=alone):
-                return None
-            claim = self._claim(job_id, alone=alone)
-            if not isinstance(claim, MustRunAlone):
-                return claim
-        raise AssertionError("a claim that promises to be alone was told to be")
+        if not self._entered(place, lambda: self._is_queued(job_id)):
+            return None
+        claim = self._claim(job_id)
+        if not isinstance(claim, MustRunAlone):
+            return claim
+        if claim.awaited:  # by another worker: here it begins only if it can at once
+            entered = self._gate.enter(place, alone=True, timeout_s=0.0)
+        else:
+            entered = self._entered(place, lambda: self._is_awaited_here(job_id), alone=True)
+        if not entered:
+            return None
+        claim = self._claim(job_id, alone=True)
+        assert not isinstance(claim, MustRunAlone), "a claim that promises to be alone is not told to be"
+        return claim
 
-    def _claim(self, job_id: str, *, alone: bool) -> Claim | MustRunAlone | None:
+    def _claim(self, job_id: str, *, alone: bool = False) -> Claim | MustRunAlone | None:
         token = secrets.token_hex(16)  # one for all tries: what was won is ours, though the answer be lost
 
-        def claim() -> Claim | MustRunAlone | None:
-            return self._store.claim(
-                job_id,
-                worker_id=self._worker_id,
-                lease_ttl_ms=self._lease_ttl_ms,
-                execution_mode=self._execution_mode,
-                alone=alone,
-                queues=self._queues,
-                token=token,
-            )
+        return self._patiently(lambda: self._try_claim(job_id, token, alone=alone), "claimed")
 
-        return self._patiently(claim, "claimed")
+    def _try_claim(self, job_id: str, token: str, *, alone: bool) -> Claim | MustRunAlone | None:
+        return self._store.claim(
+            job_id,
+            worker_id=self._worker_id,
+            lease_ttl_ms=self._lease_ttl_ms,
+            execution_mode=self._execution_mode,
+            alone=alone,
+            queues=self._queues,
+            token=token,
+        )
 
-    def _entered(self, job_id: str, place: Place, *, alone: bool) -> bool:
+    def _entered(self, place: Place, still_waits: Callable[[], bool], *, alone: bool = False) -> bool:
         """Whether the job's turn came while it waited; unclaimed, so that another worker may take it first."""
         while not self._leaving.is_set():
             if self._gate.enter(place, alone=alone, timeout_s=LOOK_EVERY_S):
                 return True
-            if not self._waits(job_id):
-                return False
+            with contextlib.suppress(StoreUnavailable):
+                if not still_waits():
+                    return False
         return False
 
-    def _waits(self, job_id: str) -> bool:
+    def _is_queued(self, job_id: str) -> bool:
         try:
             return self._store.get(job_id).record.state is JobState.QUEUED
         except JobNotFound:
             return False
-        except StoreUnavailable:
-            return True
+
+    def _is_awaited_here(self, job_id: str) -> bool:
+        """Whether the job still waits for this device, which says so by asking."""
+        answer = self._try_claim(job_id, secrets.token_hex(16), alone=False)
+        return isinstance(answer, MustRunAlone) and not answer.awaited
 
     def _not_begun(self, job_id: str) -> AttemptEnd | None:
         try:

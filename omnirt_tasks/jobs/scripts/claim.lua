@@ -1,6 +1,7 @@
 -- Begins the next attempt. ARGV: token, lease_ttl_ms, worker_id, worker_id as JSON, execution_mode or "", alone (0 | 1),
 -- then the queues whose jobs may be claimed ("*": any).
--- Answers the whole record, nil when there is nothing to do, or "must run alone".
+-- Answers the whole record, nil when there is nothing to do, "must run alone", or "awaited" when another worker waits
+-- to give it a device to itself.
 local token, lease_ttl_ms, worker_id, worker_json, mode = ARGV[5], tonumber(ARGV[6]), ARGV[7], ARGV[8], ARGV[9]
 local alone = ARGV[10] == '1'
 
@@ -25,7 +26,11 @@ if job.avoided_worker == worker_id and not passed(job.avoided_until_ms) then
   redis.call('ZADD', sent_key(job.queue), 0, id) -- its message is gone now: the next round sends it again
   return nil
 end
-if job.runs_alone and not alone then return 'must run alone' end
+if job.runs_alone and not alone then
+  if job.awaited_by and job.awaited_by ~= worker_id and not passed(job.awaited_until_ms) then return 'awaited' end
+  redis.call('HSET', job_key, 'awaited_by', worker_id, 'awaited_until_ms', now + AWAITED_MS)
+  return 'must run alone'
+end
 
 if mode ~= '' then
   job.execution_mode = mode

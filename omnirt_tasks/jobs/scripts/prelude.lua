@@ -1,6 +1,6 @@
 -- Prepended to every script: the keys, the clock, and the moves of a job's life.
 --   ARGV: prefix, job id ("" where the script is about no single job), job_ttl_ms, call, then the script's own
---   Constants from effects.py stand before it: LOG_LENGTH, DEATHS_MAX, and the errors WORKER_LOST and TIMED_OUT as JSON
+--   Constants from effects.py stand before it: LOG_LENGTH, AWAITED_MS, DEATHS_MAX, and the errors WORKER_LOST and TIMED_OUT as JSON
 -- Keys follow from the prefix and the record (its queue, its owner), so the scripts need one Redis, not a cluster.
 
 local prefix, id, job_ttl_ms, call = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
@@ -33,7 +33,7 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local FIELDS = {
   'state', 'queue', 'owner', 'serial', 'task', 'model', 'execution_mode', 'attempt', 'token', 'lease_expires_at_ms',
   'cancel_requested', 'deadline_at_ms', 'worker_id', 'alone', 'runs_alone', 'deaths', 'not_before_ms',
-  'avoided_worker', 'avoided_until_ms', 'idempotency', 'call', 'answer', 'appended',
+  'avoided_worker', 'avoided_until_ms', 'awaited_by', 'awaited_until_ms', 'idempotency', 'call', 'answer', 'appended',
 }
 
 -- What the scripts need of the record, or nil for an unknown job.
@@ -79,7 +79,7 @@ local function enter(job, state)
   end
   redis.call('HSET', job_key, 'state', state)
   redis.call('HDEL', job_key, 'phase', 'token', 'lease_expires_at_ms', 'alone', 'not_before_ms', 'avoided_worker',
-    'avoided_until_ms')
+    'avoided_until_ms', 'awaited_by', 'awaited_until_ms')
   redis.call('ZREM', waiting_key(job.queue), id)
   redis.call('ZREM', sent_key(job.queue), id)
   redis.call('ZREM', running_key(job.queue), id)
