@@ -11,6 +11,8 @@ BIN := $(VENV)/bin
 SETTINGS := $(TORCH) $(PYTHON)
 STAMP := $(VENV)/.setup-done
 PYTEST_ARGS ?=
+# Files of tests that run at a time; most of their time is waiting.
+TEST_PROCESSES ?= 2
 CAMPAIGN_JOBS ?= 1000
 CAMPAIGN_FAULTS ?= 100
 EXTRAS := worker,speech,embedded,flower,otel,s3,bench,dev
@@ -59,7 +61,7 @@ up: setup ## broker, worker and gateway in the foreground, until Ctrl-C
 	@$(BIN)/omnirt up
 
 test: setup ## the whole test suite, on a real broker that it starts itself
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 test-faults: setup ## the fault tests alone, the campaign at full length (CAMPAIGN_JOBS, _FAULTS, _SEED)
 	CAMPAIGN_JOBS=$(CAMPAIGN_JOBS) CAMPAIGN_FAULTS=$(CAMPAIGN_FAULTS) $(BIN)/python -m pytest tests/faults -s $(PYTEST_ARGS)
