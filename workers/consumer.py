@@ -1,6 +1,7 @@
 """The consumer of a worker of this project, named to Celery by `worker_consumer`."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from celery.worker.consumer import Consumer
@@ -20,6 +21,14 @@ class SoundConsumer(Consumer):
         super().__init__(*arguments, **options)
         consumer: Any = self  # whose stubs know little of it
         consumer.connection_errors += UNSOUND
+
+    def on_connection_error_after_connected(self, exc: Exception) -> None:
+        """Let go of a connection that broke, also while a message is not acknowledged yet.
+
+        Kombu then fails to put the message back, over a connection that is gone; its job is sent again in any case.
+        """
+        with suppress(AttributeError):
+            super().on_connection_error_after_connected(exc)
 
     def create_task_handler(self, *arguments: Any, **options: Any) -> Callable[[Any], Any]:
         """What takes each message; one that it stumbles over would come back for ever."""

@@ -199,6 +199,25 @@ def test_a_worker_that_no_restart_of_its_consumer_mends_ends_loudly(site: Site) 
     assert site.ended_once(job_id).attempt == 1
 
 
+def test_a_connection_that_breaks_before_a_message_is_acknowledged_does_not_end_the_worker(site: Site) -> None:
+    address = urlsplit(site.broker.url)
+    assert address.port is not None
+    with Proxy(address.port) as proxy:
+        through = site.broker.url.replace(f":{address.port}/", f":{proxy.port}/")
+        worker = site.worker(broker_url=SecretStr(through))
+        proxy.cut_at(b"HDEL")  # how kombu acknowledges
+
+        job_id = site.system.submit(steps=20, step_ms=20)
+
+        assert proxy.cut.wait(10)
+        eventually(lambda: worker.exit_code or [line for line in site.lines if "Cannot connect" in line], 20)
+        proxy.mend()
+        assert site.ended_once(job_id).attempt == 1
+        assert site.ended_once(site.system.submit(), timeout_s=45).state is JobState.SUCCEEDED
+        assert worker.exit_code is None, "\n".join(site.lines)
+        site.processes.stop_all()
+
+
 def test_a_frozen_worker_that_wakes_harms_nothing(site: Site) -> None:
     site.worker(cpu_devices=2)
     site.processes.worker(site.settings.model_copy(update={"cpu_devices": 2}), STUB_QUEUE)

@@ -1,4 +1,4 @@
-"""A TCP proxy before a Redis, whose consuming connections can be made to fail without an error."""
+"""A TCP proxy before a Redis, whose connections can be made to fail, with an error or without."""
 
 import contextlib
 import selectors
@@ -25,14 +25,19 @@ class Proxy:
     """Forwards connections to a port of this host until told otherwise: a context manager.
 
     `stalled` is set once a connection that pops messages has failed as `stall` wants; connections made after that are
-    sound, unless it is for good.
+    sound, unless it is for good. `cut` is set once all were closed, as `cut_at` wants; from then on none is made, until
+    `mend`.
     """
 
     def __init__(self, port: int) -> None:
         self.stalled = threading.Event()
+        self.cut = threading.Event()
         self._target = ("127.0.0.1", port)
         self._stall: Stall | None = None
         self._for_good = False
+        self._cut_at: bytes | None = None
+        self._cuts = 0
+        self._down = False
         self._closing = threading.Event()
         self._guard = threading.Lock()
         self._popping: set[threading.Thread] = set()
@@ -46,6 +51,16 @@ class Proxy:
         """Let every connection that pops messages now fail; `for_good` also those to come."""
         with self._guard:
             self._failing, self._stall, self._for_good = set(self._popping), how, for_good
+
+    def cut_at(self, word: bytes) -> None:
+        """Close every connection before the word is forwarded, and whatever is opened after that."""
+        with self._guard:
+            self._cut_at = word
+
+    def mend(self) -> None:
+        """Let connections be made again."""
+        with self._guard:
+            self._down = False
 
     def __enter__(self) -> Self:
         self._begin(self._accept)
@@ -70,16 +85,22 @@ class Proxy:
         while not self._closing.is_set():
             with contextlib.suppress(TimeoutError):
                 client, _ = self._listener.accept()
-                self._begin(self._forward, client)
+                with self._guard:
+                    down = self._down
+                if down:
+                    client.close()
+                else:
+                    self._begin(self._forward, client)
 
     def _forward(self, client: socket.socket) -> None:
         me = threading.current_thread()
         with client, contextlib.suppress(OSError), socket.create_connection(self._target) as server:
+            cuts_before = self._cuts
             watched = selectors.DefaultSelector()
             watched.register(client, selectors.EVENT_READ, server)
             watched.register(server, selectors.EVENT_READ, client)
             with watched:
-                while not self._closing.is_set():
+                while not self._closing.is_set() and self._cuts == cuts_before:
                     for key, _ in watched.select(WAKE_EVERY_S):
                         source, target = key.fileobj, key.data
                         assert isinstance(source, socket.socket)
@@ -88,9 +109,19 @@ class Proxy:
                             self._closing.wait()  # what comes is never read
                             return
                         chunk = source.recv(CHUNK_BYTES)
-                        if not chunk:
+                        if not chunk or (source is client and self._is_cut_by(chunk)):
                             return
                         target.sendall(self._seen(me, chunk) if source is client else chunk)
+
+    def _is_cut_by(self, chunk: bytes) -> bool:
+        with self._guard:
+            if self._cut_at is None or self._cut_at not in chunk:
+                return False
+            self._cut_at = None
+            self._cuts += 1
+            self._down = True
+        self.cut.set()
+        return True
 
     def _is(self, thread: threading.Thread, how: Stall) -> bool:
         with self._guard:
