@@ -197,6 +197,12 @@ class Bench:
         thread.start()
         return thread
 
+    def in_line(self, job_id: str) -> None:
+        """Begin the job, and return once it has its turn at the gate: whatever begins later comes after it."""
+        before = self.runner._gate._arrived
+        self.begin(job_id)
+        eventually(lambda: self.runner._gate._arrived > before)
+
     def begun(self, job_id: str = "job-1", **request: Any) -> str:
         """A new job that the device has in hand."""
         self.begin(self.queue(job_id, **request))

@@ -41,10 +41,8 @@ def test_those_whose_device_died_run_one_after_another_in_the_order_in_which_the
         bench.end(job_id)
 
     bench.again("job-1")
-    bench.begin("job-2")
-    eventually(lambda: bench.crowded)
-    bench.begin("job-3")
-    bench.begin(bench.queue("job-4"))
+    for job_id in ("job-2", "job-3", bench.queue("job-4")):
+        bench.in_line(job_id)
     for job_id, next_id in (("job-1", "job-2"), ("job-2", "job-3")):
         assert [job for job in (*jobs, "job-4") if bench.state(job) is JobState.RUNNING] == [job_id]
         bench.host.succeed(job_id)

@@ -251,7 +251,7 @@ class AttemptRunner:
         """Whether the job's turn came while it waited; unclaimed, so that another worker may take it first."""
         while not self._leaving.is_set():
             if self._gate.enter(place, alone=alone, timeout_s=LOOK_EVERY_S):
-                return True
+                return not self._leaving.is_set()  # its turn may have come because the others left
             with contextlib.suppress(StoreUnavailable):
                 if not still_waits():
                     return False
