@@ -438,7 +438,7 @@ class MemoryJobStore:
 
 def _claim(entry: Entry) -> Claim:
     lease = Lease(entry.record.id, entry.record.attempt, entry.token)
-    return Claim(lease, entry.job, entry.alone, remaining_ms(entry.record))
+    return Claim(lease, entry.job, remaining_ms(entry.record))
 
 
 def _matches(job: StoredJob, query: JobQuery) -> bool:

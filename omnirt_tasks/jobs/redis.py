@@ -189,7 +189,7 @@ class RedisJobStore:
         if answer in ("must run alone", "awaited"):
             return MustRunAlone(awaited=answer == "awaited")
         job = stored_job(job_id, fields_of(answer))
-        return Claim(Lease(job_id, job.record.attempt, token), job, alone, remaining_ms(job.record))
+        return Claim(Lease(job_id, job.record.attempt, token), job, remaining_ms(job.record))
 
     def renew(self, lease: Lease, *, lease_ttl_ms: int) -> Renewal:
         """See JobStore."""

@@ -108,12 +108,11 @@ class Lease:
 class Claim:
     """A claim that was won: the lease, and the job as it stood after it.
 
-    `alone` says that the attempt has the device to itself, `remaining_ms` how long its deadline leaves it.
+    `remaining_ms` is how long its deadline leaves the attempt.
     """
 
     lease: Lease
     job: StoredJob
-    alone: bool = False
     remaining_ms: int | None = None
 
 

@@ -20,6 +20,17 @@ OOM = RunFailed(ErrorInfo(code="out_of_memory", message="too large"))
 SOON_S = 0.02
 
 
+def waits_to_be_alone(bench: Bench) -> tuple[str, str]:
+    """A job whose device died, which waits for another that is on the device now."""
+    victim = bench.begun("victim")
+    bench.host.end(victim, LOST)
+    bench.end(victim)
+    busy = bench.begun("busy")
+    bench.begin(victim)
+    eventually(lambda: bench.crowded)
+    return victim, busy
+
+
 def test_a_run_that_is_lost_goes_back_to_its_queue_at_once(bench: Bench) -> None:
     job_id = bench.begun()
 
@@ -74,12 +85,7 @@ def test_only_deaths_while_alone_count_and_at_the_last_of_them_the_job_has_faile
 def test_a_job_that_waits_to_be_alone_is_taken_by_whoever_can_first(make_bench: Callable[..., Bench]) -> None:
     bench = make_bench()
     idle = make_bench(beside=bench)
-    victim = bench.begun("victim")
-    bench.host.end(victim, LOST)
-    bench.end(victim)
-    busy = bench.begun("busy")
-    bench.begin(victim)
-    eventually(lambda: bench.crowded)
+    victim, busy = waits_to_be_alone(bench)
 
     idle.again(victim)
 
@@ -93,12 +99,7 @@ def test_a_job_that_waits_to_be_alone_is_taken_by_whoever_can_first(make_bench: 
 def test_a_job_that_waits_to_be_alone_empties_one_device_and_no_other(make_bench: Callable[..., Bench]) -> None:
     bench = make_bench()
     other = make_bench(beside=bench)
-    victim = bench.begun("victim")
-    bench.host.end(victim, LOST)
-    bench.end(victim)
-    busy = bench.begun("busy")
-    bench.begin(victim)
-    eventually(lambda: bench.crowded)
+    victim, busy = waits_to_be_alone(bench)
     also_busy = other.begun("also-busy")
 
     assert other.runner.run(victim) is None, "another worker waits for it already"
@@ -112,12 +113,7 @@ def test_a_job_that_waits_to_be_alone_empties_one_device_and_no_other(make_bench
 
 
 def test_a_message_that_comes_twice_while_its_job_waits_to_be_alone_is_dropped(bench: Bench) -> None:
-    victim = bench.begun("victim")
-    bench.host.end(victim, LOST)
-    bench.end(victim)
-    busy = bench.begun("busy")
-    bench.begin(victim)
-    eventually(lambda: bench.crowded)
+    victim, busy = waits_to_be_alone(bench)
 
     assert bench.runner.run(victim) is None
 
@@ -127,12 +123,7 @@ def test_a_message_that_comes_twice_while_its_job_waits_to_be_alone_is_dropped(b
 
 
 def test_a_worker_that_leaves_sends_back_what_waits_to_be_alone(bench: Bench) -> None:
-    victim = bench.begun("victim")
-    bench.host.end(victim, LOST)
-    bench.end(victim)
-    bench.begun("busy")
-    bench.begin(victim)
-    eventually(lambda: bench.crowded)
+    victim, _ = waits_to_be_alone(bench)
 
     bench.runner.give_back_all()
 

@@ -14,8 +14,6 @@ from workers.host import HostEvent, RunOrder
 
 logger = logging.getLogger(__name__)
 
-RESUME_FILE = "resume"
-
 
 class CheckpointKeeper:
     """Keeps the newest checkpoint of each run, and gives it to the next attempt. Safe to share between threads."""
@@ -54,12 +52,11 @@ class CheckpointKeeper:
         if before is not None:
             self._drop(lease.job_id, before)
 
-    def fetch(self, job: StoredJob, folder: Path) -> Path | None:
-        """The file of the job's newest checkpoint, in `folder`; None if it has none, or it cannot be had."""
+    def fetch(self, job: StoredJob, target: Path) -> Path | None:
+        """The job's newest checkpoint, copied to `target`; None if it has none, or it cannot be had."""
         checkpoint = job.checkpoint
         if checkpoint is None:
             return None
-        target = folder / RESUME_FILE
         try:
             self._artifacts.fetch_checkpoint(job.record.id, checkpoint.attempt, checkpoint.name, target)
         except OmnirtError as error:

@@ -56,7 +56,7 @@ class Orders:
 
         Raises what an input that is gone, or a storage that is away, raises; and OSError for the folder.
         """
-        for name in (OUTPUTS, INPUTS, CHECKPOINTS, RESUME):
+        for name in (OUTPUTS, INPUTS, CHECKPOINTS):
             (folder / name).mkdir()
         given = {name: getattr(run.job.resolved.inputs, name) for name in MEDIA_INPUTS}
         files: dict[str, Path] = {}
