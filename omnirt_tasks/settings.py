@@ -114,6 +114,8 @@ class Settings(BaseSettings):
     """How long the first such retry waits; each further one waits four times as long."""
     idempotency_ttl_s: Seconds = 24 * 3600
     """How long an Idempotency-Key stands for the job that it came with."""
+    promote_after_s: Seconds = 600
+    """A job that has waited for so long is counted among those of the next higher priority, after those there."""
     orphan_sweep_every_s: Seconds = 3600
     """How often the storage is searched for files that belong to no attempt that counts."""
     reconcile_every_s: Seconds = 1.5
@@ -134,6 +136,10 @@ class Settings(BaseSettings):
     """Threads of torch on a CPU; by default one less than the host has cores."""
     placement: Placement = Placement.AUTO
     """Where the device side lives: in a child process, in a thread of the worker, or as the backend is best served."""
+    max_batch_size: Count | None = None
+    """The most jobs that share a forward pass: as many as pays, as measured, by default; 1 turns sharing off."""
+    batch_window_ms: Annotated[float, Field(ge=0, le=60_000)] = 0
+    """How long a job waits for others to share its first forward pass with; others join later in any case."""
     pipeline_cache_size: Count = 2
     """Loaded models that a worker keeps, where its memory holds them."""
     memory_budget_bytes: Count | None = None

@@ -18,7 +18,7 @@ from omnirt_tasks.jobs.fleet import RedisFleet
 from omnirt_tasks.jobs.housekeeping import Chore, Turn
 from omnirt_tasks.jobs.reconciler import Reconciler, redis_age, redis_turn
 from omnirt_tasks.jobs.redis import RedisJobStore
-from omnirt_tasks.jobs.store import StoredJob
+from omnirt_tasks.jobs.store import StoredJob, WakeUp
 from omnirt_tasks.settings import Settings
 from omnirt_tasks.uploads import UploadStorage
 
@@ -43,8 +43,8 @@ class Stores:
     artifacts: ArtifactStorage
     uploads: UploadStorage
 
-    def reconciler(self, resend: Callable[[str, str], None]) -> Reconciler:
-        """A reconciler of these stores, not yet started; `resend` sends a job's message (job id, queue)."""
+    def reconciler(self, resend: Callable[[WakeUp], None]) -> Reconciler:
+        """A reconciler of these stores, not yet started; `resend` sends a job's message."""
         settings = self.settings
 
         def turn(what: str, every_s: float, limit_s: float | None = None) -> Turn:
@@ -79,17 +79,20 @@ class Stores:
 
     def remove_files(self, job: StoredJob) -> None:
         """Remove what the job has in storage: outputs, checkpoints, and the inputs that came inside its request."""
-        self.artifacts.remove_job(job.record.id)
+        for job_id in (job.record.id, *job.parts):
+            self.artifacts.remove_job(job_id)
         self.uploads.remove_inputs(job.record.id, job.resolved.inputs)
 
     def _sweep_orphans(self) -> int:
         return self.artifacts.sweep_orphans(self._attempt_that_counts, older_than_s=self.settings.job_ttl_s)
 
     def _attempt_that_counts(self, job_id: str) -> int | None:
-        record = self.jobs.get(job_id).record
-        if not record.finished:
+        """What counts of a job or part: a part's files count once the whole job has succeeded."""
+        job = self.jobs.get(job_id)
+        whole = job if job.part is None else self.jobs.get(job.part.job_id)
+        if not whole.record.finished:
             return None
-        return record.attempt if record.state is JobState.SUCCEEDED else NO_ATTEMPT
+        return job.record.attempt if whole.record.state is JobState.SUCCEEDED else NO_ATTEMPT
 
     def close(self) -> None:
         """End the feed, whose watchers see its end, then the connections. Idempotent."""
@@ -105,7 +108,13 @@ def open_stores(settings: Settings) -> Stores:
         settings=settings,
         client=client,
         broker=connect(settings.celery_url),
-        jobs=RedisJobStore(client, prefix=prefix, job_ttl_s=settings.job_ttl_s, deaths_max=settings.deaths_max),
+        jobs=RedisJobStore(
+            client,
+            prefix=prefix,
+            job_ttl_s=settings.job_ttl_s,
+            deaths_max=settings.deaths_max,
+            promote_after_s=settings.promote_after_s,
+        ),
         feed=RedisFeed(client, prefix=prefix),
         fleet=RedisFleet(client, prefix=prefix),
         artifacts=ArtifactStorage(settings.storage_url),

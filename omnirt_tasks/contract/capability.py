@@ -7,15 +7,33 @@ from omnirt_tasks.contract.request import Task
 from omnirt_tasks.contract.result import ExecutionMode
 
 
+class ChunkMeasure(Answer):
+    """What sharing a device call brings here, as measured: for one module of a model, at one `shape` ("512x512 fp16").
+
+    `step_ms` is the median time of a call by its number of rows (a picture is a row, or two with guidance), `limit` the
+    most rows that are put into one call (another member would bring less than 5 %), `gain` how much more is done per
+    second at the limit than with the smallest calls, and `fill` how much of the limit the newest calls used (null until
+    there are some).
+    """
+
+    module: str
+    shape: str
+    limit: int
+    gain: float
+    fill: float | None = None
+    step_ms: dict[str, float] = Field(default_factory=dict)
+
+
 class ModelAbility(Answer):
     """What a worker can do with one of its models.
 
     `limits` has the largest value of each number that it takes, by task and field; `options` are the names of all that
     it takes, over all tasks; empty where it is not told. `weights_bytes` is what the weights take in each dtype that
     the device computes in, by dtype; empty where it is not known. From `working_bytes_per_pixel` to `tile_px` is what a
-    run takes beside them, as the model's spec has it. `chunk_classes` name the runs that may share a forward pass.
-    `seconds_per_unit` is the time of a unit of work as measured here (a megapixel denoised by one step; a second of
-    audio), None until something ran.
+    run takes beside them, as the model's spec has it. `chunk_classes` name the classes of modules
+    whose calls jobs share, once the model was loaded; `unchunked` says why its denoiser runs alone, where it does, and
+    `chunks` what sharing brought. `seconds_per_unit` is the time of a unit of work as measured here (a megapixel
+    denoised by one step; a second of audio), None until something ran.
     """
 
     tasks: tuple[Task, ...]
@@ -30,6 +48,8 @@ class ModelAbility(Answer):
     working_dtype: str | None = None
     tile_px: int | None = None
     chunk_classes: tuple[str, ...] = ()
+    unchunked: str | None = None
+    chunks: tuple[ChunkMeasure, ...] = ()
     seconds_per_unit: float | None = None
 
 

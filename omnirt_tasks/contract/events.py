@@ -19,6 +19,9 @@ class EventName(StrEnum):
     PREVIEW = "preview"
     CHECKPOINT = "checkpoint"  # the state after `step` is kept: another attempt can go on there
     RESUMED = "resumed"  # this attempt goes on after `step`, from a checkpoint of an earlier one
+    PART_STARTED = "part_started"  # {part, attempt, worker_id}: of a job that was split, in place of job_started
+    PART_REQUEUED = "part_requeued"  # {part, attempt, reason}
+    PART_FINISHED = "part_finished"  # {part, outputs}: as job_finished, but for the last one, with which the job ends
     JOB_FINISHED = "job_finished"
     JOB_FAILED = "job_failed"
     JOB_CANCELLED = "job_cancelled"

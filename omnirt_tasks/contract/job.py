@@ -28,12 +28,26 @@ class Progress(Answer):
 
 
 class QueueStatus(Answer):
-    """Where a queued job waits: live `workers` of the queue, `position` from 1, `eta_s` when it can be told."""
+    """Where a queued job waits: live `workers` of the queue, `position` from 1, and when it may be done.
+
+    `eta_s` is how long from now until its end in half of all cases, `eta_p90_s` in nine of ten, as far as what ended
+    lately tells; null where nothing does, or nobody serves the queue.
+    """
 
     name: str
     workers: int
     position: int | None = None
     eta_s: float | None = None
+    eta_p90_s: float | None = None
+
+
+class PartCounts(Answer):
+    """How the parts of a job stand that was split; together they are `total`."""
+
+    total: int
+    queued: int
+    running: int
+    succeeded: int
 
 
 class JobRecord(Answer):
@@ -64,6 +78,7 @@ class JobRecord(Answer):
     expires_at_ms: int | None = None
     deadline_at_ms: int | None = None
     dead_letter: bool = False
+    parts: PartCounts | None = None
     result: GenerateResult | None = None
 
     @property

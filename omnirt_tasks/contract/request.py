@@ -42,9 +42,11 @@ class Tier(StrEnum):
 
 
 class Priority(StrEnum):
-    """Which jobs go first."""
+    """Which jobs go first; within one, the older."""
 
+    HIGH = "high"
     NORMAL = "normal"
+    LOW = "low"
 
 
 AUTO = "auto"
@@ -97,7 +99,7 @@ class GenerateRequest(Value):
 class Inputs(Answer):
     """The inputs of a resolved request; image, mask and audio are references (`upload:ID`, `artifact:JOB/NAME`)."""
 
-    prompt: str | None = None
+    prompt: str | tuple[str, ...] | None = None
     negative_prompt: str | None = None
     image: str | None = None
     mask: str | None = None

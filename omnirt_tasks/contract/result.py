@@ -66,7 +66,9 @@ class RunReport(Answer):
     """How one attempt of a job ran.
 
     `timings` is stage → milliseconds, `memory` has `peak_mb`, `stream_events` the stage events without previews
-    (at most 256), `attempts` how often the job was begun.
+    (at most 256), `attempts` how often the job was begun. `batch_size` is the most jobs that shared a forward pass with
+    this one, itself included, `batch_size_mean` the mean over its forward passes, and `batch_group_id` names the group:
+    jobs that ever shared one have it in common.
     """
 
     run_id: str
@@ -89,6 +91,7 @@ class RunReport(Answer):
     cache_hits: tuple[str, ...] = ()
     device_placement: dict[str, str] = Field(default_factory=dict)
     batch_size: int = 1
+    batch_size_mean: float = 1.0
     batch_group_id: str | None = None
     stream_events: tuple[Event, ...] = ()
     schema_version: str = SCHEMA_VERSION

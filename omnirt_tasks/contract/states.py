@@ -37,6 +37,7 @@ ALLOWED_MOVES: dict[JobState, frozenset[JobState]] = {
 
 # Which phase a stage of a pipeline belongs to; stages of a model's own count as denoising.
 PHASE_OF_STAGE: dict[str, Phase] = {
+    "waiting": Phase.WAITING,
     "load": Phase.PREFILL,
     "encode_prompt": Phase.PREFILL,
     "denoise": Phase.DECODE,

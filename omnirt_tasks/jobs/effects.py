@@ -1,6 +1,8 @@
 """What an event or an outcome does to the record: the rules that both stores share."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from omnirt_tasks.contract import (
     ErrorInfo,
@@ -9,14 +11,18 @@ from omnirt_tasks.contract import (
     JobRecord,
     JobState,
     Phase,
+    Priority,
     Progress,
     QueueStatus,
+    ResolvedRequest,
 )
 from omnirt_tasks.contract.base import JsonObject
+from omnirt_tasks.contract.job import PartCounts
 from omnirt_tasks.contract.request import TAG_MARK
 from omnirt_tasks.contract.states import PHASE_OF_STAGE
 from omnirt_tasks.errors import IdempotencyMismatch, JobNotFound, JobTimeout, QueueFull, WorkerLost
 from omnirt_tasks.jobs.store import Cancelled, EventDraft, Failed, NewJob, Outcome, Succeeded
+from omnirt_tasks.registry.work import count_pictures
 
 EVENT_LOG_LENGTH = 1_000
 """How many events of a job are kept."""
@@ -29,6 +35,23 @@ QUEUES_MAX = 1_000
 
 AWAITED_MS = 5_000
 """How long the word of a worker counts that it waits for a device to be free for a job that runs alone."""
+
+PROMOTE_AFTER_S = 600.0
+"""How long a job waits until it counts as of the next higher priority, where a store is told nothing else."""
+
+RANKS: Mapping[Priority, int] = MappingProxyType({Priority.HIGH: 0, Priority.NORMAL: 1, Priority.LOW: 2})
+"""The place of each priority among those that wait; the lowest goes first."""
+
+NEXT_HIGHER: Mapping[Priority, Priority] = MappingProxyType(
+    {Priority.NORMAL: Priority.HIGH, Priority.LOW: Priority.NORMAL}
+)
+"""What a job of each priority is promoted to."""
+
+SERVICE_TIMES_MAX = 200
+"""How many service times of a queue are kept."""
+
+SERVICE_TIMES_KEPT_MS = 7 * 24 * 3600 * 1000
+"""How long the service times of a queue are kept after the newest of them."""
 
 JOB_STAGE = "job"
 """The stage of the job's own events."""
@@ -62,6 +85,7 @@ def accepted(job: NewJob, now_ms: int) -> JobRecord:
         trace_id=job.trace_id,
         enqueued_at_ms=now_ms,
         deadline_at_ms=None if (limit_ms := deadline_ms(job)) is None else now_ms + limit_ms,
+        parts=PartCounts(total=total, queued=total, running=0, succeeded=0) if (total := len(job.parts)) else None,
     )
 
 
@@ -76,6 +100,13 @@ def remaining_ms(record: JobRecord) -> int | None:
     if record.deadline_at_ms is None or record.started_at_ms is None:
         return None
     return record.deadline_at_ms - record.started_at_ms
+
+
+def service_kind(resolved: ResolvedRequest) -> str:
+    """What a job is alike to in the time that it takes: model, task, size, steps, and how many pictures or frames."""
+    config = resolved.config
+    sizes = (config.get("width"), config.get("height"), config.get("num_inference_steps"), resolved.inputs.num_frames)
+    return " ".join(map(str, (resolved.model, resolved.task, *sizes, count_pictures(resolved))))
 
 
 def queues_max(queue: str) -> int | None:
@@ -156,6 +187,11 @@ def progress_of(draft: EventDraft) -> Progress | None:
     ):
         return None
     return progress(step, total)
+
+
+def without_progress(data: JsonObject) -> JsonObject:
+    """The data of an event that tells of progress, but for that."""
+    return {name: value for name, value in data.items() if name not in {"step", "total"}}
 
 
 def progress(step: int, total: int) -> Progress:

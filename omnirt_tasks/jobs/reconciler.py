@@ -18,7 +18,7 @@ from redis.exceptions import LockError
 from omnirt_tasks.errors import StoreUnavailable
 from omnirt_tasks.jobs.connection import reaching_store
 from omnirt_tasks.jobs.housekeeping import Chore, ExpirySweep, Housekeeper, Turn, everyones_turn
-from omnirt_tasks.jobs.store import JobStore, Reconciled, StoredJob
+from omnirt_tasks.jobs.store import JobStore, Reconciled, StoredJob, WakeUp
 
 log = logging.getLogger(__name__)
 
@@ -30,10 +30,10 @@ BACKOFF_MAX_S = 5.0
 class Reconciler:
     """A thread that reconciles every `every_s`, as long as the process lives, and another one for housekeeping.
 
-    `resend` sends a job's message (job id, queue). `waiting_in_broker` tells which job ids have a message in the
-    broker's queue. `turn` is entered for each round. After an outage of the store, though it only hung, and while
-    `store_age_s` says that it has only just come up, no lease expires for `lease_ttl_s`, so that the holders can renew
-    theirs first.
+    `resend` sends a job's message. `waiting_in_broker` tells which messages are in the broker's queue; that of a job
+    which has come to a higher priority since is another one. `turn` is entered for each round. After an outage of the
+    store, though it only hung, and while `store_age_s` says that it has only just come up, no lease expires for
+    `lease_ttl_s`, so that the holders can renew theirs first.
 
     `remove_files` removes what an expired job left in storage, `sweep_turn` is entered for that; `chores` are done
     beside it.
@@ -45,8 +45,8 @@ class Reconciler:
         *,
         every_s: float,
         unclaimed_after_s: float,
-        resend: Callable[[str, str], None],
-        waiting_in_broker: Callable[[str], AbstractSet[str]],
+        resend: Callable[[WakeUp], None],
+        waiting_in_broker: Callable[[str], AbstractSet[WakeUp]],
         remove_files: Callable[[StoredJob], None],
         turn: Turn,
         sweep_turn: Turn = everyones_turn,
@@ -135,10 +135,11 @@ class Reconciler:
         return found
 
     def _send(self, found: Reconciled) -> None:
-        still_waiting = {queue: self._waiting_in_broker(queue) for queue in {queue for _, queue in found.resend}}
-        for job_id, queue in found.resend:
-            if job_id not in still_waiting[queue]:
-                self._resend(job_id, queue)
+        queues = {wake_up.queue for wake_up in found.resend}
+        still_waiting = {queue: self._waiting_in_broker(queue) for queue in queues}
+        for wake_up in found.resend:
+            if wake_up not in still_waiting[wake_up.queue]:
+                self._resend(wake_up)
 
 
 def redis_turn(

@@ -1,12 +1,13 @@
 """The job store in Redis.
 
-    {prefix}:job:{id}         HASH    the record; what is deep is JSON text
+    {prefix}:job:{id}         HASH    the record of a job, or of a part of one; what is deep is JSON text
     {prefix}:log:{id}         STREAM  the newest 1,000 events; an entry has id "{seq}-0" and the event as JSON
-    {prefix}:waiting:{queue}  ZSET    id → serial: position and depth
+    {prefix}:waiting:{queue}  ZSET    id → priority and serial: position and depth
     {prefix}:sent:{queue}     ZSET    id → when the waiting job's message was last sent
     {prefix}:delayed:{queue}  ZSET    id → when the waiting job's message is to be sent, its retry having a delay
     {prefix}:deadlines:{queue} ZSET   id → the waiting job's deadline
     {prefix}:running:{queue}  ZSET    id → when its lease expires
+    {prefix}:times:{queue}    LIST    the newest service times
     {prefix}:owner:{owner}    ZSET    id → serial: listing
     {prefix}:dead:{owner}     ZSET    id → serial: the dead letters among them
     {prefix}:idempotency:{owner}:{SHA-256 of a key}  HASH  the job it stands for, and its body's fingerprint
@@ -16,6 +17,8 @@
     {prefix}:serial           number  of the latest job
     {prefix}:events:{id}      channel each event's JSON, as it is logged
     {prefix}:cancel           channel ids of running jobs whose cancel is asked for
+
+A split job has a record and a log, but does not wait or run: its parts do, which have a record each and no log.
 
 Every change is one script (`scripts/`), which checks the state it starts from, by the clock of Redis. A client
 sends a call again when its answer was lost; the call's id makes it count once.
@@ -29,12 +32,13 @@ from typing import Any
 
 import redis
 
-from omnirt_tasks.contract import CancelOutcome, Event, ExecutionMode, JobState
-from omnirt_tasks.contract.base import JsonObject
+from omnirt_tasks.contract import CancelOutcome, Event, ExecutionMode, JobState, Priority
 from omnirt_tasks.errors import JobNotFound
 from omnirt_tasks.jobs.connection import reaching_store
 from omnirt_tasks.jobs.effects import (
     DEATHS_MAX,
+    PROMOTE_AFTER_S,
+    RANKS,
     accepted,
     deadline_ms,
     ending,
@@ -46,9 +50,18 @@ from omnirt_tasks.jobs.effects import (
     remaining_ms,
     too_many_queues,
     unknown_job,
+    without_progress,
 )
-from omnirt_tasks.jobs.redis_record import FIELDS_OF_PAGE, fields_of, stored_job
-from omnirt_tasks.jobs.scripting import Scripts
+from omnirt_tasks.jobs.parts import accepted_parts, joined, part_ids
+from omnirt_tasks.jobs.redis_record import (
+    FIELDS_OF_PAGE,
+    compact,
+    fields_of,
+    fields_of_new,
+    fields_of_new_part,
+    stored_job,
+)
+from omnirt_tasks.jobs.scripting import RANK_SPAN, Scripts
 from omnirt_tasks.jobs.store import (
     Claim,
     EventDraft,
@@ -64,8 +77,10 @@ from omnirt_tasks.jobs.store import (
     Reconciled,
     Renewal,
     Requeue,
+    ServiceTime,
     StoredJob,
     Succeeded,
+    WakeUp,
 )
 
 OVERDUE_LIMIT = 1_000
@@ -78,27 +93,32 @@ PAGE_SCAN_LIMIT = 1_000
 class RedisJobStore:
     """JobStore in Redis; jobs are kept `job_ttl_s` after their end. The client answers in text (see `connect`)."""
 
-    def __init__(self, client: redis.Redis, *, prefix: str, job_ttl_s: float, deaths_max: int = DEATHS_MAX) -> None:
+    def __init__(
+        self,
+        client: redis.Redis,
+        *,
+        prefix: str,
+        job_ttl_s: float,
+        deaths_max: int = DEATHS_MAX,
+        promote_after_s: float = PROMOTE_AFTER_S,
+    ) -> None:
         self._client: Any = client  # its types do not know that answers are text
         self._prefix = prefix
+        self._promote_after_ms = round(promote_after_s * 1000)
         self._scripts = Scripts(client, prefix, job_ttl_ms=round(job_ttl_s * 1000), deaths_max=deaths_max)
 
     def create(self, job: NewJob, *, queue_limit: int | None = None) -> StoredJob:
         """See JobStore."""
-        fields = {
-            "request": _json(job.request),
-            "resolved": job.resolved.model_dump_json(),
-            "trace_id": job.trace_id,
-            "traceparent": job.traceparent,
-        }
-        pairs = [text for name, value in fields.items() if value is not None for text in (name, value)]
         most, limit_ms, key = queues_max(job.queue), deadline_ms(job), job.idempotency
+        parts = accepted_parts(job)
+        records = (fields_of_new(job, len(parts)), *map(fields_of_new_part, parts))
         outcome, *told = self._scripts.run(
             "create", job.id, job.queue, job.owner, -1 if queue_limit is None else queue_limit,
             -1 if most is None else most,
-            job.resolved.task, job.resolved.model, _json({"queue": job.queue}), -1 if limit_ms is None else limit_ms,
+            job.resolved.task, job.resolved.model, job.resolved.priority, compact({"queue": job.queue}),
+            -1 if limit_ms is None else limit_ms,
             *((_digest(key.key), key.fingerprint, key.ttl_ms) if key else ("", "", 0)),
-            *pairs,
+            len(parts), *(text for fields in records for text in _counted(fields)),
         )  # fmt: skip
         match outcome:
             case "full":
@@ -109,7 +129,7 @@ class RedisJobStore:
                 raise idempotency_mismatch(key.key)
             case "exists":
                 known_id, flat = told
-                return stored_job(known_id, fields_of(flat))
+                return self._with_parts(stored_job(known_id, fields_of(flat)))
         now_ms, position = told
         return StoredJob(
             accepted(job, now_ms),
@@ -119,6 +139,8 @@ class RedisJobStore:
             job.traceparent,
             last_seq=1,
             position=position,
+            priority=job.resolved.priority,
+            parts=part_ids(job.id, len(parts)),
         )
 
     def submitted(self, owner: str, idempotency: Idempotency) -> StoredJob | None:
@@ -138,11 +160,7 @@ class RedisJobStore:
 
     def get(self, job_id: str) -> StoredJob:
         """See JobStore."""
-        with reaching_store():
-            fields = self._client.hgetall(self._key("job", job_id))
-        if not fields:
-            raise unknown_job(job_id)
-        return stored_job(job_id, fields)
+        return self._with_parts(*self._whole_records([job_id]))
 
     def page(self, query: JobQuery) -> JobPage:
         """See JobStore."""
@@ -201,30 +219,24 @@ class RedisJobStore:
         args: list[str | int] = []
         for draft in drafts:
             moved = progress_of(draft)
-            args += (draft.event, json.dumps(draft.stage), _json(draft.data), phase_of(draft) or "")
+            data = without_progress(draft.data) if moved else draft.data
+            args += (draft.event, json.dumps(draft.stage), compact(data), phase_of(draft) or "")
             args += (moved.step, moved.total) if moved else ("", "")
         return bool(self._scripts.run("append", lease.job_id, lease.token, *args, call=call) == "done")
 
     def commit(self, lease: Lease, outcome: Outcome) -> bool:
         """See JobStore."""
-        end = ending(outcome)
+        names: Sequence[str] = ()
         match outcome:
             case Succeeded(result):
-                field, value = "result", result.model_dump_json()
+                brings, names = result.model_dump_json(), [output.name for output in result.outputs]
             case Failed(error):
-                field, value = "error", error.model_dump_json()
+                brings = compact(error.model_dump(mode="json"))
             case _:
-                field, value = "", ""
+                brings = ""
+        end = ending(outcome)
         answer = self._scripts.run(
-            "commit",
-            lease.job_id,
-            lease.token,
-            end.state,
-            end.event,
-            _json(end.data),
-            end.execution_mode or "",
-            field,
-            value,
+            "commit", lease.job_id, lease.token, end.state, end.execution_mode or "", brings, json.dumps(names)
         )
         return bool(answer == "done")
 
@@ -265,21 +277,24 @@ class RedisJobStore:
 
     def reconcile(self, *, unclaimed_after_ms: int, spare_leases: bool = False) -> Reconciled:
         """See JobStore."""
-        resend: list[tuple[str, str]] = []
+        resend: list[WakeUp] = []
         expired: list[str] = []
         overdue: list[str] = []
         with reaching_store():
             queues = self._client.smembers(self._key("queues"))
         for queue in sorted(queues):
-            lapsed, late, to_send = self._scripts.run(
-                "overdue", "", queue, unclaimed_after_ms, OVERDUE_LIMIT, int(spare_leases)
+            lapsed, late = self._scripts.run("overdue", "", queue, OVERDUE_LIMIT, int(spare_leases))
+            for job_ids, found in ((lapsed, expired), (late, overdue)):
+                for job_id in job_ids:
+                    became, _, priority = (self._scripts.run("expire", job_id) or "").partition(" ")
+                    if became:
+                        found.append(job_id)
+                    if became == JobState.QUEUED:
+                        resend.append(WakeUp(job_id, queue, Priority(priority)))
+            due = fields_of(
+                self._scripts.run("due", "", queue, unclaimed_after_ms, self._promote_after_ms, OVERDUE_LIMIT)
             )
-            became = {job_id: self._scripts.run("expire", job_id) for job_id in (*lapsed, *late)}
-            expired += [job_id for job_id in lapsed if became[job_id] is not None]
-            overdue += [job_id for job_id in late if became[job_id] is not None]
-            waiting = [job_id for job_id in lapsed if became[job_id] == JobState.QUEUED]
-            waiting += [job_id for job_id in to_send if job_id not in became]
-            resend += [(job_id, queue) for job_id in waiting]
+            resend += (WakeUp(job_id, queue, Priority(priority)) for job_id, priority in due.items())
         return Reconciled(resend, expired, overdue)
 
     def expired(self, limit: int = 100, *, skip: int = 0) -> Sequence[StoredJob]:
@@ -297,20 +312,21 @@ class RedisJobStore:
         """See JobStore."""
         with reaching_store():
             entries = self._client.xrange(self._key("log", job_id), min=f"({max(0, after)}-0")
-            if not entries and not self._client.exists(self._key("job", job_id)):
-                raise unknown_job(job_id)
+            if not entries:
+                state, part_of = self._client.hmget(self._key("job", job_id), "state", "part_of")
+                if state is None or part_of is not None:
+                    raise unknown_job(job_id)
         return [Event.model_validate_json(entry["event"]) for _, entry in entries]
 
     def depth(self, queue: str) -> QueueDepth:
         """See JobStore."""
         with reaching_store():
-            waiting, running = (
-                self._client.pipeline(transaction=False)
-                .zcard(self._key("waiting", queue))
-                .zcard(self._key("running", queue))
-                .execute()
-            )
-        return QueueDepth(waiting, running)
+            pipeline = self._client.pipeline(transaction=False).zcard(self._key("running", queue))
+            for rank in RANKS.values():
+                pipeline.zcount(self._key("waiting", queue), rank * RANK_SPAN, f"({(rank + 1) * RANK_SPAN}")
+            running, *waiting = pipeline.execute()
+        by_priority = {priority: count for priority, count in zip(RANKS, waiting, strict=True) if count}
+        return QueueDepth(sum(waiting), running, by_priority)
 
     def position(self, job_id: str) -> int | None:
         """See JobStore."""
@@ -318,6 +334,13 @@ class RedisJobStore:
         if rank is None:
             raise unknown_job(job_id)
         return rank or None
+
+    def service_times(self, queue: str) -> Sequence[ServiceTime]:
+        """See JobStore."""
+        with reaching_store():
+            entries = self._client.lrange(self._key("times", queue), 0, -1)
+        pairs = (entry.split(" ", 1) for entry in entries)
+        return [ServiceTime(kind, int(duration_ms)) for duration_ms, kind in pairs]
 
     def queues(self) -> Sequence[str]:
         """See JobStore."""
@@ -348,6 +371,24 @@ class RedisJobStore:
         seconds, micros = self._client.time()
         return int(seconds) * 1000 + int(micros) // 1000
 
+    def _whole_records(self, job_ids: Sequence[str]) -> list[StoredJob]:
+        """The jobs with these ids. Raises JobNotFound where one is gone."""
+        pipeline = self._client.pipeline(transaction=False)
+        for job_id in job_ids:
+            pipeline.hgetall(self._key("job", job_id))
+        with reaching_store():
+            records = pipeline.execute()
+        for job_id, fields in zip(job_ids, records, strict=True):
+            if not fields:
+                raise unknown_job(job_id)
+        return [stored_job(job_id, fields) for job_id, fields in zip(job_ids, records, strict=True)]
+
+    def _with_parts(self, job: StoredJob) -> StoredJob:
+        """The job, with what its parts have made, where it is split and has succeeded."""
+        if not job.parts or job.record.state is not JobState.SUCCEEDED:
+            return job
+        return joined(job, self._whole_records(job.parts))
+
     def _records(self, job_ids: Sequence[str]) -> list[dict[str, str] | None]:
         """The records' fields, results left out; None for those that are gone."""
         if not job_ids:
@@ -360,8 +401,9 @@ class RedisJobStore:
         return [fields or None for fields in records]
 
 
-def _json(value: JsonObject) -> str:
-    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+def _counted(fields: Mapping[str, str | int]) -> Sequence[str | int]:
+    """Names and values in turn, after the number of these."""
+    return (2 * len(fields), *(text for field in fields.items() for text in field))
 
 
 def _digest(key: str) -> str:

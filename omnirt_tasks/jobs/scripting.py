@@ -2,6 +2,7 @@
 
 import json
 import secrets
+from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
@@ -9,9 +10,23 @@ import redis
 
 from omnirt_tasks.contract import ErrorInfo
 from omnirt_tasks.jobs.connection import reaching_store
-from omnirt_tasks.jobs.effects import AWAITED_MS, DEATHS_MAX, EVENT_LOG_LENGTH, deadline_passed, died_too_often
+from omnirt_tasks.jobs.effects import (
+    AWAITED_MS,
+    DEATHS_MAX,
+    EVENT_LOG_LENGTH,
+    NEXT_HIGHER,
+    RANKS,
+    SERVICE_TIMES_KEPT_MS,
+    SERVICE_TIMES_MAX,
+    deadline_passed,
+    died_too_often,
+)
+
+RANK_SPAN = 2**50
+"""How far the ranks of priorities lie apart among the scores of those that wait: no serial comes to it."""
 
 _FOLDER = resources.files("omnirt_tasks.jobs") / "scripts"
+_PRELUDE = ("prelude.lua", "parts.lua")
 
 
 def prelude(deaths_max: int = DEATHS_MAX) -> str:
@@ -22,13 +37,22 @@ def prelude(deaths_max: int = DEATHS_MAX) -> str:
         "DEATHS_MAX": str(deaths_max),
         "WORKER_LOST": _quoted(died_too_often(deaths_max)),
         "TIMED_OUT": _quoted(deadline_passed()),
+        "RANKS": _table({priority: str(rank) for priority, rank in RANKS.items()}),
+        "RANK_SPAN": str(RANK_SPAN),
+        "NEXT_HIGHER": _table({priority: f"'{higher}'" for priority, higher in NEXT_HIGHER.items()}),
+        "SERVICE_TIMES_MAX": str(SERVICE_TIMES_MAX),
+        "SERVICE_TIMES_KEPT_MS": str(SERVICE_TIMES_KEPT_MS),
     }
     lines = [f"local {name} = {value}" for name, value in constants.items()]
-    return "\n".join((*lines, (_FOLDER / "prelude.lua").read_text()))
+    return "\n".join((*lines, *((_FOLDER / name).read_text() for name in _PRELUDE)))
 
 
 def _quoted(error: ErrorInfo) -> str:
     return f"[==[{json.dumps(error.model_dump(mode='json'))}]==]"
+
+
+def _table(values: Mapping[str, str]) -> str:
+    return "{ " + ", ".join(f"{name} = {value}" for name, value in values.items()) + " }"
 
 
 class Scripts:
@@ -39,7 +63,7 @@ class Scripts:
         self._scripts = {
             file.name.removesuffix(".lua"): client.register_script(f"{before}\n{file.read_text()}")
             for file in _FOLDER.iterdir()
-            if file.name.endswith(".lua") and file.name != "prelude.lua"
+            if file.name.endswith(".lua") and file.name not in _PRELUDE
         }
         self._prefix = prefix
         self._job_ttl_ms = job_ttl_ms

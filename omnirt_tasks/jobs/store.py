@@ -8,10 +8,16 @@
 An attempt that died (its worker or device did) makes its job one that runs alone from then on: of jobs that died
 together nobody knows which is to blame. A death while alone counts, and at `deaths_max` of them the job has failed.
 
+A job may be split into parts, which run as jobs of their own: claimed, leased, committed, retried and blamed each for
+itself, by whatever workers. The job's record follows them: it runs once the first part does, its log and its progress
+are those of all, and it ends with the last part that succeeds, with the first that fails for good, or with its cancel,
+once no part runs. Then no part of it waits or is claimed any more. No client sees a part by itself.
+
 Every change of state goes through one atomic step that checks the state it starts from, writes the record and
 appends the event that tells of it. An attempt is known by its `Lease`: whoever holds an older one changes nothing.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -25,6 +31,7 @@ from omnirt_tasks.contract import (
     GenerateResult,
     JobRecord,
     JobState,
+    Priority,
     ResolvedRequest,
     Task,
 )
@@ -44,11 +51,28 @@ class Idempotency:
 
 
 @dataclass(frozen=True)
+class NewPart:
+    """A part of a job that is split: what it runs, and the place of its first output in the job's result.
+
+    Its id is the job's with its number, from 0: `part_id`.
+    """
+
+    resolved: ResolvedRequest
+    first_output: int
+
+
+def part_id(job_id: str, part: int) -> str:
+    """The id of a job's part, under which it is claimed, leased and sent."""
+    return f"{job_id}.{part}"
+
+
+@dataclass(frozen=True)
 class NewJob:
     """A job as it is accepted; `queue` is the full queue name, `owner` the id of the key that sent it, or "".
 
     `request` is the one the caller wrote, with data URLs already replaced by upload references. The deadline of
-    `resolved` counts from the store's clock.
+    `resolved` counts from the store's clock. `parts` are those that it is run as, in the order of its outputs; none
+    where it runs as it is.
     """
 
     id: str
@@ -59,6 +83,45 @@ class NewJob:
     trace_id: str | None = None
     traceparent: str | None = None
     idempotency: Idempotency | None = None
+    parts: tuple[NewPart, ...] = ()
+
+
+@dataclass(frozen=True)
+class WakeUp:
+    """The message that a job (or a part of one) waits on its queue; `priority` is the one that it counts as by now."""
+
+    job_id: str
+    queue: str
+    priority: Priority = Priority.NORMAL
+
+
+@dataclass(frozen=True)
+class PartOf:
+    """Which part of which job a stored job is: part `number` (from 0) of `total`."""
+
+    job_id: str
+    number: int
+    total: int
+    first_output: int
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the files of an output lie: below the job or part that made it, and its committed attempt."""
+
+    job_id: str
+    attempt: int
+
+
+@dataclass(frozen=True)
+class ServiceTime:
+    """How long a job, or part of one, ran that succeeded: from claim to commit. `kind` says what it was alike to.
+
+    Alike are jobs of one model, task, size and number of steps and pictures: `effects.service_kind`.
+    """
+
+    kind: str
+    duration_ms: int
 
 
 @dataclass(frozen=True)
@@ -79,6 +142,10 @@ class StoredJob:
 
     `runs_alone` says that its next attempt is to have a device to itself, `deaths` how many attempts died while they
     had, `retries` how many were given back to be tried again, and `checkpoint` where the next one can go on.
+
+    `priority` is the one that it counts as by now. A job that was split has `parts`, the ids of its parts, which alone
+    are claimed, leased and sent; its own record follows them. `part` says which part of which job this one is: no
+    client sees it. `origins` tells where each output of a succeeded job lies, by its name.
     """
 
     record: JobRecord
@@ -93,6 +160,15 @@ class StoredJob:
     deaths: int = 0
     retries: int = 0
     checkpoint: Checkpoint | None = None
+    priority: Priority = Priority.NORMAL
+    parts: tuple[str, ...] = ()
+    part: PartOf | None = None
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+
+    @property
+    def wake_ups(self) -> tuple[WakeUp, ...]:
+        """The messages of the job: its own, or those of its parts."""
+        return tuple(WakeUp(job_id, self.queue, self.priority) for job_id in self.parts or (self.record.id,))
 
 
 @dataclass(frozen=True)
@@ -231,25 +307,28 @@ class JobPage:
 class Reconciled:
     """What one round of reconciling found.
 
-    `resend` are jobs to send (again), as (job id, queue); `expired` the ids of those whose lease had expired and
-    `overdue` of those whose deadline had passed: these have failed, the others too if that was a death too many.
+    `resend` are to be sent (again), those that have come to a higher priority among them; `expired` the ids of those
+    whose lease had expired and `overdue` of those whose deadline had passed: these have failed, the others too if that
+    was a death too many.
     """
 
-    resend: Sequence[tuple[str, str]] = ()
+    resend: Sequence[WakeUp] = ()
     expired: Sequence[str] = ()
     overdue: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class QueueDepth:
-    """How many jobs of a queue wait, and how many run."""
+    """How many jobs of a queue wait, and how many run; `by_priority` tells those that wait apart, where some do."""
 
     waiting: int
     running: int
+    by_priority: Mapping[Priority, int] = field(default_factory=dict, compare=False)
 
     def __add__(self, other: "QueueDepth") -> "QueueDepth":
         """The depth of two queues together."""
-        return QueueDepth(self.waiting + other.waiting, self.running + other.running)
+        by_priority = Counter(self.by_priority) + Counter(other.by_priority)
+        return QueueDepth(self.waiting + other.waiting, self.running + other.running, by_priority)
 
 
 class JobStore(Protocol):
@@ -262,7 +341,8 @@ class JobStore(Protocol):
     def create(self, job: NewJob, *, queue_limit: int | None = None) -> StoredJob:
         """Write a new job in state queued, with its `job_enqueued` event. Durable when it returns.
 
-        Raises QueueFull when the queue already holds `queue_limit` waiting jobs, or when it is for jobs with tags, has
+        A split job is written whole, with all its parts. Raises QueueFull when the queue already holds `queue_limit`
+        waiting jobs (each part is one), or when it is for jobs with tags, has
         none, and too many queues hold jobs (`effects.QUEUES_MAX`). A second job of the same id, or with an idempotency
         key that stands for a job, changes nothing: the first is returned. Raises IdempotencyMismatch when that key
         came with another fingerprint.
@@ -386,7 +466,14 @@ class JobStore(Protocol):
         ...
 
     def position(self, job_id: str) -> int | None:
-        """The place of a queued job among its queue's waiting jobs, from 1; None when it does not wait."""
+        """The place of a queued job among its queue's waiting jobs, from 1; None when it does not wait.
+
+        Those of a higher priority come first, then the older; of a split job the first part that waits counts.
+        """
+        ...
+
+    def service_times(self, queue: str) -> Sequence[ServiceTime]:
+        """The newest `effects.SERVICE_TIMES_MAX` service times of the queue, newest first."""
         ...
 
     def queues(self) -> Sequence[str]:

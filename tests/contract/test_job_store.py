@@ -20,6 +20,7 @@ from omnirt_tasks.jobs.store import (
     Outcome,
     QueueDepth,
     Requeue,
+    WakeUp,
 )
 from tests.support.jobs import LONG_MS, Rig, claimed, failed, new_job, step, succeeded, won
 
@@ -309,7 +310,7 @@ def test_a_job_whose_lease_expired_is_queued_again_and_named_once(rig: Rig) -> N
     job_id, _, _ = _lapsed(rig)
     alive, _, _ = _running(rig)
     found = rig.store.reconcile(unclaimed_after_ms=LONG_MS)
-    assert list(found.resend) == [(job_id, "cpu-shapes")]
+    assert list(found.resend) == [WakeUp(job_id, "cpu-shapes")]
     assert list(found.expired) == [job_id]
     assert not rig.store.reconcile(unclaimed_after_ms=LONG_MS).resend
     assert rig.store.get(job_id).record.state is JobState.QUEUED
@@ -328,13 +329,13 @@ def test_an_unclaimed_job_is_named_once_per_period(rig: Rig) -> None:
     period_ms = 20
     job_id = rig.store.create(new_job()).record.id
 
-    def named() -> list[tuple[str, str]]:
+    def named() -> list[WakeUp]:
         return list(rig.store.reconcile(unclaimed_after_ms=period_ms).resend)
 
     assert not named()
     for _ in range(2):
         rig.pass_time(period_ms)
-        assert named() == [(job_id, "cpu-shapes")]
+        assert named() == [WakeUp(job_id, "cpu-shapes")]
         assert not named()
     claimed(rig.store, job_id)
     rig.pass_time(period_ms)

@@ -18,6 +18,7 @@ from omnirt_tasks.jobs.store import (
     Reconciled,
     Requeue,
     StoredJob,
+    WakeUp,
 )
 from tests.support.jobs import DEATHS_MAX, LONG_MS, Rig, claimed, failed, new_job, succeeded, won
 
@@ -82,7 +83,7 @@ def test_an_attempt_that_ends_without_an_outcome_leaves_the_job_so(rig: Rig, end
     found = _end(rig, claimed(rig.store, job_id, alone=alone), how)
     assert _left(rig.store.get(job_id), rig.store.events(job_id)[-1]) == expected
     if how is EXPIRED:
-        assert (list(found.expired), list(found.resend)) == ([job_id], [(job_id, "cpu-shapes")])
+        assert (list(found.expired), list(found.resend)) == ([job_id], [WakeUp(job_id, "cpu-shapes")])
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -260,10 +261,10 @@ def test_a_job_waits_for_its_retry_and_is_then_named_once(rig: Rig) -> None:
     assert (rig.store.position(job_id), rig.store.position(later)) == (1, 2)  # it keeps its place
     assert not rig.store.reconcile(unclaimed_after_ms=LONG_MS).resend
     rig.pass_time(delay_ms)
-    assert list(rig.store.reconcile(unclaimed_after_ms=LONG_MS).resend) == [(job_id, "cpu-shapes")]
+    assert list(rig.store.reconcile(unclaimed_after_ms=LONG_MS).resend) == [WakeUp(job_id, "cpu-shapes")]
     assert not rig.store.reconcile(unclaimed_after_ms=LONG_MS).resend
     rig.pass_time(5)
-    assert (job_id, "cpu-shapes") in rig.store.reconcile(unclaimed_after_ms=5).resend  # that message was lost too
+    assert WakeUp(job_id, "cpu-shapes") in rig.store.reconcile(unclaimed_after_ms=5).resend  # that message was lost too
     claim = won(rig.store.claim(job_id, worker_id="w1", lease_ttl_ms=LONG_MS))
     assert (claim.job.retries, claim.job.record.attempt) == (1, 2)
 
@@ -294,7 +295,7 @@ def test_the_worker_that_failed_leaves_the_retry_to_another_for_a_while(rig: Rig
 
     assert rig.store.claim(job_id, worker_id="w1", lease_ttl_ms=LONG_MS) is None
     # Its message went with that claim, so the next round sends it again.
-    assert list(rig.store.reconcile(unclaimed_after_ms=LONG_MS).resend) == [(job_id, "cpu-shapes")]
+    assert list(rig.store.reconcile(unclaimed_after_ms=LONG_MS).resend) == [WakeUp(job_id, "cpu-shapes")]
     lease = claimed(rig.store, job_id, worker_id="w2")
     rig.store.give_back(lease, Requeue("leaving"))
     claimed(rig.store, job_id, worker_id="w1")  # it has run elsewhere: nothing is avoided any more
@@ -355,7 +356,7 @@ def test_a_job_that_waits_past_its_deadline_fails_in_the_next_round(rig: Rig) ->
     rig.pass_time(DEADLINE_MS)
     found = rig.store.reconcile(unclaimed_after_ms=1)
     assert (list(found.overdue), list(found.expired)) == ([first], [])
-    assert list(found.resend) == [(other, "cpu-shapes")]
+    assert list(found.resend) == [WakeUp(other, "cpu-shapes")]
     assert _timed_out(rig.store.get(first))
     assert rig.store.events(first)[-1].event is EventName.JOB_FAILED
     assert rig.store.get(other).record.state is JobState.QUEUED
@@ -401,7 +402,7 @@ def test_a_round_that_spares_leases_lets_none_expire_and_does_the_rest(rig: Rig)
     found = rig.store.reconcile(unclaimed_after_ms=1, spare_leases=True)
 
     assert (list(found.expired), list(found.overdue)) == ([], [late])
-    assert list(found.resend) == [(unclaimed, "cpu-shapes")]
+    assert list(found.resend) == [WakeUp(unclaimed, "cpu-shapes")]
     assert rig.store.renew(lease, lease_ttl_ms=1).held
     rig.pass_time(2)
     assert list(rig.store.reconcile(unclaimed_after_ms=LONG_MS).expired) == [lapsed]

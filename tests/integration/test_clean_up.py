@@ -4,15 +4,18 @@ import io
 import os
 import time
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 
 from omnirt_tasks.contract import JobState
 from omnirt_tasks.settings import Settings
+from omnirt_tasks.stores import open_stores
 from omnirt_tasks.uploads import UploadStorage
 from tests.support.disks import read_only, small_disk
 from tests.support.gateway import png
 from tests.support.job_system import STUB_QUEUE, JobSystem
+from tests.support.jobs import claimed, failed, new_job, succeeded
 from tests.support.processes import Processes
 from tests.support.waiting import eventually
 
@@ -33,8 +36,8 @@ def system(settings: Settings) -> Iterator[JobSystem]:
 
 
 def files(settings: Settings) -> set[str]:
-    """Every file in the storage, by its place there."""
-    found = settings.data_dir.rglob("*")
+    """Every file of jobs and uploads in the storage, by its place there."""
+    found = (path for path in settings.data_dir.rglob("*") if not path.is_relative_to(settings.data_dir / "chunks"))
     return {str(path.relative_to(settings.data_dir)) for path in found if path.is_file()}
 
 
@@ -100,6 +103,45 @@ def test_files_of_attempts_that_do_not_count_are_found_and_removed(
     system.store.cancel(waiting)
     system.finished(waiting)
     eventually(lambda: not any(waiting in file for file in files(settings)), GONE_S)
+
+
+def test_the_files_of_a_part_count_once_its_whole_job_has_succeeded(settings: Settings, system: JobSystem) -> None:
+    jobs = [system.store.create(new_job(parts=2)) for _ in range(3)]
+    done, failing, running = jobs
+    kept = set[str]()
+    for job in jobs:
+        lease = claimed(system.store, job.parts[0])
+        system.store.commit(lease, succeeded("part", count=2))
+        kept.add(plant(settings, f"jobs/{job.parts[0]}/1/0.png"))
+    system.store.commit(claimed(system.store, done.parts[1]), succeeded("part", first=2, count=2))
+    system.store.commit(claimed(system.store, failing.parts[1]), failed())
+    kept |= {plant(settings, f"jobs/{done.parts[1]}/1/2.png"), plant(settings, f"jobs/{running.parts[1]}/1/2.png")}
+    of_failed = {f"jobs/{failing.parts[0]}/1/0.png", plant(settings, f"jobs/{failing.parts[1]}/1/2.png")}
+    kept -= of_failed
+    orphans = of_failed | {plant(settings, f"jobs/{done.parts[0]}/7/0.png")}
+
+    with closing(open_stores(settings)) as stores, closing(stores.reconciler(lambda _: None)) as reconciler:
+        reconciler.start()
+        eventually(lambda: not orphans & files(settings), GONE_S)
+        assert files(settings) == kept
+
+        system.store.purge(running.record.id)  # what asks for that has removed its files
+        stores.remove_files(running)
+        assert files(settings) == {file for file in kept if running.record.id not in file}
+
+
+def test_an_expired_split_job_leaves_nothing_in_redis_and_nothing_on_the_disk(settings: Settings) -> None:
+    settings = settings.model_copy(update={"job_ttl_s": 0.05})
+    with closing(open_stores(settings)) as stores:
+        job = stores.jobs.create(new_job(parts=2))
+        for number, part in enumerate(job.parts):
+            stores.jobs.commit(claimed(stores.jobs, part), succeeded("part", first=2 * number, count=2))
+            plant(settings, f"jobs/{part}/1/{number}.png")
+        with closing(stores.reconciler(lambda _: None)) as reconciler:
+            reconciler.start()
+            eventually(
+                lambda: not files(settings) and not list(stores.client.scan_iter(match=f"*{job.record.id}*")), GONE_S
+            )
 
 
 def test_files_that_cannot_be_removed_keep_no_others_from_it_and_go_when_they_can(

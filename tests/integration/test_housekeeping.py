@@ -12,7 +12,7 @@ from omnirt_tasks.errors import JobNotFound, StorageError, StoreUnavailable
 from omnirt_tasks.jobs.housekeeping import Chore, ExpirySweep, Housekeeper
 from omnirt_tasks.jobs.memory import MemoryJobStore
 from omnirt_tasks.jobs.reconciler import Reconciler
-from omnirt_tasks.jobs.store import StoredJob
+from omnirt_tasks.jobs.store import StoredJob, WakeUp
 from tests.support.jobs import ManualClock, new_job
 from tests.support.waiting import eventually
 
@@ -153,7 +153,7 @@ def test_a_storage_that_hangs_holds_up_no_recovery(store: MemoryJobStore, clock:
         hangs.set()
         assert goes_on.wait(10)
 
-    with closing(_reconciler(store, lambda job_id, _: sent.append(job_id), remove)) as reconciler:
+    with closing(_reconciler(store, lambda wake_up: sent.append(wake_up.job_id), remove)) as reconciler:
         reconciler.start()
         assert hangs.wait(10)
         lost = store.create(new_job()).record.id
@@ -164,7 +164,7 @@ def test_a_storage_that_hangs_holds_up_no_recovery(store: MemoryJobStore, clock:
 
 
 def _reconciler(
-    store: MemoryJobStore, resend: Callable[[str, str], None], remove_files: Callable[[StoredJob], None]
+    store: MemoryJobStore, resend: Callable[[WakeUp], None], remove_files: Callable[[StoredJob], None]
 ) -> Reconciler:
     return Reconciler(
         store,

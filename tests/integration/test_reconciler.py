@@ -16,15 +16,17 @@ import pytest
 
 from omnirt_tasks.broker_lists import celery_waiting
 from omnirt_tasks.celery_app import broker_prefix, make_app
-from omnirt_tasks.contract import JobState
+from omnirt_tasks.contract import JobState, Priority
 from omnirt_tasks.errors import StorageError, StoreUnavailable
 from omnirt_tasks.jobs.connection import connect
+from omnirt_tasks.jobs.effects import PROMOTE_AFTER_S
 from omnirt_tasks.jobs.housekeeping import Turn, everyones_turn
 from omnirt_tasks.jobs.memory import MemoryJobStore
 from omnirt_tasks.jobs.reconciler import Reconciler, redis_age, redis_turn
 from omnirt_tasks.jobs.redis import RedisJobStore
-from omnirt_tasks.jobs.store import JobStore, Reconciled, Requeue, StoredJob
+from omnirt_tasks.jobs.store import JobStore, Reconciled, Requeue, StoredJob, WakeUp
 from omnirt_tasks.settings import Settings
+from omnirt_tasks.tasks import send_job
 from tests.support.jobs import ManualClock, claimed, failed, new_job, pass_redis_time
 from tests.support.waiting import eventually
 
@@ -35,15 +37,15 @@ PERIOD_S = 0.05
 class Surroundings:
     """What a reconciler acts on, beside the store, and what it did there."""
 
-    in_broker: set[str] = field(default_factory=set)
-    sent: list[tuple[str, str]] = field(default_factory=list)
+    in_broker: set[WakeUp] = field(default_factory=set)
+    sent: list[WakeUp] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     fails: str | None = None
 
-    def resend(self, job_id: str, queue: str) -> None:
+    def resend(self, wake_up: WakeUp) -> None:
         if self.fails:
             raise StorageError(self.fails)
-        self.sent.append((job_id, queue))
+        self.sent.append(wake_up)
 
     def remove_files(self, job: StoredJob) -> None:
         self.removed.append(job.record.id)
@@ -100,7 +102,7 @@ def test_a_job_whose_worker_died_is_sent_again(store: MemoryJobStore, clock: Man
     store.claim(job_id, worker_id="w", lease_ttl_ms=1)
     clock.pass_time(2)
     assert _reconciler(store, around).round()
-    assert around.sent == [(job_id, "cpu-shapes")]
+    assert around.sent == [WakeUp(job_id, "cpu-shapes")]
     assert store.get(job_id).record.state is JobState.QUEUED
 
 
@@ -108,16 +110,57 @@ def test_an_unclaimed_job_is_sent_again_unless_its_message_still_waits(
     store: MemoryJobStore, clock: ManualClock
 ) -> None:
     waits, lost = (store.create(new_job()).record.id for _ in range(2))
-    around = Surroundings(in_broker={waits})
+    around = Surroundings(in_broker={WakeUp(waits, "cpu-shapes")})
     clock.pass_time(30)
     reconciler = _reconciler(store, around)
     reconciler.round()
     reconciler.round()
-    assert around.sent == [(lost, "cpu-shapes")]
+    assert around.sent == [WakeUp(lost, "cpu-shapes")]
     around.in_broker.clear()
     clock.pass_time(30)
     reconciler.round()
-    assert sorted(around.sent[1:]) == sorted([(waits, "cpu-shapes"), (lost, "cpu-shapes")])
+    assert set(around.sent[1:]) == {WakeUp(waits, "cpu-shapes"), WakeUp(lost, "cpu-shapes")}
+    assert len(around.sent) == 3
+
+
+def test_a_job_that_has_moved_up_is_sent_though_its_old_message_still_waits(
+    store: MemoryJobStore, clock: ManualClock
+) -> None:
+    around = Surroundings()
+    job_id = store.create(new_job(priority=Priority.LOW)).record.id
+    low, normal, high = (WakeUp(job_id, "cpu-shapes", priority) for priority in reversed(Priority))
+    around.in_broker.add(low)
+    reconciler = _reconciler(store, around)
+    for moved_up in (normal, high):
+        clock.pass_time(round(PROMOTE_AFTER_S * 1000))
+        reconciler.round()
+        assert around.sent.pop() == moved_up
+        around.in_broker.add(moved_up)
+        clock.pass_time(30)
+        reconciler.round()
+        assert not around.sent  # its new message waits
+
+
+def test_a_job_whose_new_message_was_lost_is_sent_again_though_the_old_one_waits(
+    store: MemoryJobStore, clock: ManualClock
+) -> None:
+    job_id = store.create(new_job(priority=Priority.LOW)).record.id
+    around = Surroundings(in_broker={WakeUp(job_id, "cpu-shapes", Priority.LOW)})
+    reconciler = _reconciler(store, around)
+    clock.pass_time(round(PROMOTE_AFTER_S * 1000))
+    for _ in range(2):
+        reconciler.round()
+        assert around.sent.pop() == WakeUp(job_id, "cpu-shapes", Priority.NORMAL)
+        clock.pass_time(30)
+
+
+def test_the_parts_of_a_job_are_sent_again_each_for_itself(store: MemoryJobStore, clock: ManualClock) -> None:
+    job = store.create(new_job(parts=3))
+    around = Surroundings(in_broker={WakeUp(job.parts[2], "cpu-shapes")})
+    claimed(store, job.parts[0], lease_ttl_ms=1)
+    clock.pass_time(30)
+    _reconciler(store, around).round()
+    assert sorted(wake_up.job_id for wake_up in around.sent) == list(job.parts[:2])
 
 
 def test_a_job_that_was_accepted_without_a_message_gets_one(store: MemoryJobStore, clock: ManualClock) -> None:
@@ -128,7 +171,7 @@ def test_a_job_that_was_accepted_without_a_message_gets_one(store: MemoryJobStor
     assert not around.sent  # it may be on its way
     clock.pass_time(30)
     reconciler.round()
-    assert around.sent == [(job_id, "cpu-shapes")]
+    assert around.sent == [WakeUp(job_id, "cpu-shapes")]
 
 
 def test_a_job_that_waits_for_its_retry_is_sent_when_it_is_due_and_not_before(
@@ -144,7 +187,7 @@ def test_a_job_that_waits_for_its_retry_is_sent_when_it_is_due_and_not_before(
     assert not around.sent
     clock.pass_time(1)
     reconciler.round()
-    assert around.sent == [(job_id, "cpu-shapes")]
+    assert around.sent == [WakeUp(job_id, "cpu-shapes")]
 
 
 def test_a_job_that_waits_past_its_deadline_has_failed_and_is_not_sent(
@@ -166,7 +209,7 @@ def test_a_job_that_waits_past_its_deadline_has_failed_and_is_not_sent(
 class _AwayBroker(Surroundings):
     """Where no message can be sent."""
 
-    def resend(self, job_id: str, queue: str) -> None:
+    def resend(self, wake_up: WakeUp) -> None:
         raise StoreUnavailable("The broker does not answer.")
 
 
@@ -280,7 +323,7 @@ def test_the_thread_mends_on_real_redis(client: Any, settings: Settings) -> None
     turn = redis_turn(client, prefix=settings.key_prefix, every_s=PERIOD_S)
     with closing(_reconciler(store, around, turn=turn)) as reconciler:
         reconciler.start()
-        eventually(lambda: {job_id for job_id, _ in around.sent} >= {lapsed, unclaimed})
+        eventually(lambda: {wake_up.job_id for wake_up in around.sent} >= {lapsed, unclaimed})
         eventually(lambda: around.removed == [expired])
 
 
@@ -307,7 +350,7 @@ def test_a_fault_is_logged_once_per_streak_and_survived(
         clock.pass_time(40)
         eventually(lambda: around.sent)
         eventually(lambda: "works again" in caplog.text)
-    assert around.sent[0] == (job_id, "cpu-shapes")
+    assert around.sent[0] == WakeUp(job_id, "cpu-shapes")
     assert caplog.text.count("a round of reconciling failed") == 1
 
 
@@ -370,7 +413,12 @@ def test_the_messages_that_wait_in_celerys_lists_are_found(settings: Settings, c
         client.lpush(prefix + queue, "no message of Celery's", '{"headers": null}', "[]", b"\x80\x04 pickled")
         client.lpush(prefix + queue, "[" * 100_000)
         waiting = celery_waiting(client, prefix=prefix)
-        assert waiting(queue) == {"one", "two"}
+        send_job(app, WakeUp("three", queue, Priority.LOW))
+        assert waiting(queue) == {
+            WakeUp("one", queue, Priority.HIGH),
+            WakeUp("two", queue, Priority.NORMAL),
+            WakeUp("three", queue, Priority.LOW),
+        }
         assert waiting(f"{queue}-other") == frozenset()
 
 

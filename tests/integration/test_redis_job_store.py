@@ -2,19 +2,19 @@
 
 import json
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import redis
 
-from omnirt_tasks.contract import ALLOWED_MOVES, CancelOutcome, ErrorInfo, JobState
+from omnirt_tasks.contract import ALLOWED_MOVES, CancelOutcome, ErrorInfo, JobState, Priority
 from omnirt_tasks.errors import StoreUnavailable
 from omnirt_tasks.jobs import effects
 from omnirt_tasks.jobs.connection import connect, reaching_store
 from omnirt_tasks.jobs.redis import RedisJobStore
-from omnirt_tasks.jobs.scripting import prelude
-from omnirt_tasks.jobs.store import Checkpoint, EventDraft, JobQuery, JobStore, Lease, Reconciled, Requeue
+from omnirt_tasks.jobs.scripting import RANK_SPAN, prelude
+from omnirt_tasks.jobs.store import Checkpoint, EventDraft, JobQuery, JobStore, Lease, Reconciled, Requeue, WakeUp
 from omnirt_tasks.settings import Settings
 from tests.support.jobs import (
     LONG_MS,
@@ -62,6 +62,10 @@ def test_the_scripts_have_the_rules_of_the_memory_store(client: Any) -> None:
 
     assert constant("LOG_LENGTH") == effects.EVENT_LOG_LENGTH
     assert constant("DEATHS_MAX") == 7
+    assert constant("SERVICE_TIMES_MAX") == effects.SERVICE_TIMES_MAX
+    assert constant("SERVICE_TIMES_KEPT_MS") == effects.SERVICE_TIMES_KEPT_MS
+    assert json.loads(constant("cjson.encode(RANKS)")) == effects.RANKS
+    assert json.loads(constant("cjson.encode(NEXT_HIGHER)")) == effects.NEXT_HIGHER
     assert ErrorInfo.model_validate_json(constant("WORKER_LOST")) == effects.died_too_often(7)
     assert ErrorInfo.model_validate_json(constant("TIMED_OUT")) == effects.deadline_passed()
 
@@ -71,7 +75,7 @@ def test_the_scripts_have_the_rules_of_the_memory_store(client: Any) -> None:
 def test_a_script_that_tries_a_forbidden_move_stops_before_it_writes(
     client: Any, settings: Settings, state: JobState, target: JobState
 ) -> None:
-    body = "\nenter({state = ARGV[5], queue = 'q', task = 't', model = 'm'}, ARGV[6])"
+    body = "\nenter({id = 'job', key = job_key('job'), state = ARGV[5], queue = 'q', task = 't', model = 'm'}, ARGV[6])"
     arguments = (settings.key_prefix, "job", "1", "", state, target)
     if target in ALLOWED_MOVES[state]:
         client.eval(PRELUDE + body, 0, *arguments)
@@ -123,6 +127,26 @@ def test_a_call_that_is_sent_twice_counts_once(store_without_answers: RedisJobSt
     assert store.state_counts()["text2image", "shapes", "unknown", "queued"] == 4
 
 
+def test_a_call_for_a_part_that_is_sent_twice_counts_once(store_without_answers: RedisJobStore) -> None:
+    store = store_without_answers
+    job = store.create(new_job(parts=2))
+    first, second = (claimed(store, part) for part in job.parts)
+    assert store.append(first, [step(1)])
+    assert store.give_back(first, Requeue("test", retry=True))
+    first = claimed(store, first.job_id)
+    assert store.commit(first, succeeded("part", count=2))
+    assert store.commit(second, succeeded("part", first=2, count=2))
+    told = [event.event.value for event in store.events(job.record.id)]
+    assert told == [
+        "job_enqueued", "job_started", "part_started", "part_started", "stage_progress", "part_requeued",
+        "part_started", "part_finished", "job_finished",
+    ]  # fmt: skip
+    assert len(store.service_times("cpu-shapes")) == 2
+
+    waiting = store.create(new_job(parts=2)).record.id
+    assert store.cancel(waiting) is CancelOutcome.CANCELLED
+
+
 def test_a_submit_with_a_key_that_is_sent_twice_is_one_job(store_without_answers: RedisJobStore) -> None:
     given = new_job(idempotency=idempotency())
     assert store_without_answers.create(given).record.id == given.id
@@ -137,7 +161,7 @@ def test_a_round_whose_answers_were_lost_still_names_what_it_did(
     claimed(store, lapsed, lease_ttl_ms=1)
     pass_redis_time(client, 2)
     found = store.reconcile(unclaimed_after_ms=LONG_MS)
-    assert (found.expired, found.overdue, found.resend) == ([lapsed], [late], [(lapsed, "cpu-shapes")])
+    assert (found.expired, found.overdue, found.resend) == ([lapsed], [late], [WakeUp(lapsed, "cpu-shapes")])
     assert store.get(lapsed).deaths == 1
 
 
@@ -221,6 +245,64 @@ def test_a_job_that_is_over_waits_nowhere_and_its_keys_have_an_end_even_if_no_sw
         assert DAY_MS - 5_000 < client.pttl(f"{settings.key_prefix}:{kind}:{job_id}") <= DAY_MS + 10
 
 
+def _succeed(store: RedisJobStore, parts: Sequence[str]) -> None:
+    for number, part in enumerate(parts):
+        store.commit(claimed(store, part), succeeded("part", first=2 * number, count=2))
+
+
+SPLIT_ENDS: dict[str, Callable[[RedisJobStore, Sequence[str]], object]] = {
+    "succeeded": _succeed,
+    "cancelled": lambda store, parts: store.cancel(parts[0].partition(".")[0]),
+    "failed": lambda store, parts: store.commit(claimed(store, parts[0]), failed()),
+    "a dead letter": lambda store, parts: _die_too_often(store, parts[1]),
+    "timed out": lambda store, parts: _wait_for_a_retry_past_its_deadline(store, parts[1]),
+}
+
+
+@pytest.mark.parametrize("end", SPLIT_ENDS)
+def test_the_keys_of_parts_have_the_end_of_their_jobs_and_none_survives_its_purge(
+    client: Any, store: RedisJobStore, settings: Settings, end: str
+) -> None:
+    job = store.create(new_job(parts=3, deadline_s=DEADLINE_MS / 1000))
+    job_id = job.record.id
+    assert {f"job:{each}" for each in (job_id, *job.parts)} <= _lasting_keys(client, settings)
+    SPLIT_ENDS[end](store, job.parts)
+    assert store.get(job_id).record.finished
+    store.reconcile(unclaimed_after_ms=LONG_MS)
+    dead = {"dead:alice"} if store.get(job_id).record.dead_letter else set()
+    assert _lasting_keys(client, settings) == {"serial", "states", "finished", "owner:alice"} | dead
+    assert client.zcard(f"{settings.key_prefix}:finished") == client.zcard(f"{settings.key_prefix}:owner:alice") == 1
+    ends = {client.pexpiretime(f"{settings.key_prefix}:job:{each}") for each in (job_id, *job.parts)}
+    assert ends == {client.pexpiretime(f"{settings.key_prefix}:log:{job_id}")}
+
+    store.purge(job_id)
+
+    assert set(client.keys(f"{settings.key_prefix}:*")) - {f"{settings.key_prefix}:times:cpu-shapes"} == {
+        f"{settings.key_prefix}:{name}" for name in ("serial", "states")
+    }
+
+
+def test_the_service_times_of_a_queue_that_nobody_uses_any_more_are_forgotten(
+    client: Any, store: RedisJobStore, settings: Settings
+) -> None:
+    job_id, lease = _running(store)
+    store.commit(lease, succeeded(job_id))
+    kept_ms = client.pttl(f"{settings.key_prefix}:times:cpu-shapes")
+    assert effects.SERVICE_TIMES_KEPT_MS - 60_000 < kept_ms <= effects.SERVICE_TIMES_KEPT_MS
+
+
+def test_the_order_of_a_queue_outlives_more_jobs_than_there_will_be(
+    client: Any, store: RedisJobStore, settings: Settings
+) -> None:
+    client.set(f"{settings.key_prefix}:serial", RANK_SPAN - 10)
+    low, normal, high, normal_too = (
+        store.create(new_job(priority=priority)).record.id
+        for priority in (Priority.LOW, Priority.NORMAL, Priority.HIGH, Priority.NORMAL)
+    )
+    assert [store.position(job_id) for job_id in (high, normal, normal_too, low)] == [1, 2, 3, 4]
+    assert store.depth("cpu-shapes").by_priority == {Priority.HIGH: 1, Priority.NORMAL: 2, Priority.LOW: 1}
+
+
 @pytest.mark.parametrize("end", ENDS)
 def test_a_purged_job_leaves_no_key(client: Any, store: RedisJobStore, settings: Settings, end: str) -> None:
     job_id = store.create(new_job(deadline_s=DEADLINE_MS / 1000, idempotency=idempotency())).record.id
@@ -272,10 +354,11 @@ def test_a_filtered_search_is_bounded_and_goes_on_from_its_cursor(store: RedisJo
     assert second.next_cursor is None
 
 
-def test_creating_a_job_is_one_round_trip(client: Any, store: RedisJobStore) -> None:
+@pytest.mark.parametrize("parts", [0, 16])
+def test_creating_a_job_is_one_round_trip(client: Any, store: RedisJobStore, parts: int) -> None:
     store.create(new_job())
     client.config_resetstat()
-    store.create(new_job(deadline_s=1, idempotency=idempotency()), queue_limit=10)
+    store.create(new_job(deadline_s=1, idempotency=idempotency(), parts=parts), queue_limit=10)
     sent = {name for name in client.info("commandstats") if name not in {"cmdstat_config|resetstat", "cmdstat_info"}}
     direct = sent & {"cmdstat_evalsha", "cmdstat_eval", "cmdstat_script|load", "cmdstat_multi"}
     assert direct == {"cmdstat_evalsha"}
@@ -303,6 +386,7 @@ CALLS: dict[str, Callable[[JobStore], object]] = {
     "events": lambda store: store.events("a"),
     "depth": lambda store: store.depth("q"),
     "position": lambda store: store.position("a"),
+    "service_times": lambda store: store.service_times("q"),
     "queues": lambda store: store.queues(),
     "state_counts": lambda store: store.state_counts(),
     "ping": lambda store: store.ping(),

@@ -18,7 +18,7 @@ def test_a_job_without_a_message_is_sent_again_and_one_whose_message_waits_is_no
     with closing(open_stores(own)) as stores, make_app(own) as app:
         waits, lost = (stores.jobs.create(new_job()).record.id for _ in range(2))
         app.send_task("omnirt.generate", args=[waits], task_id=waits, queue="cpu-shapes")
-        with closing(stores.reconciler(lambda job_id, _: sent.append(job_id))) as reconciler:
+        with closing(stores.reconciler(lambda wake_up: sent.append(wake_up.job_id))) as reconciler:
             reconciler.start()
             eventually(lambda: len(sent) > 1)
         assert set(sent) == {lost}

@@ -16,6 +16,7 @@ from omnirt_tasks.contract import (
     ExecutionMode,
     GenerateResult,
     Inputs,
+    Priority,
     ResolvedRequest,
     RunReport,
     Task,
@@ -32,6 +33,7 @@ from omnirt_tasks.jobs.store import (
     Lease,
     MustRunAlone,
     NewJob,
+    NewPart,
     Succeeded,
 )
 
@@ -40,6 +42,12 @@ LONG_MS = 600_000
 
 
 CLOCK_OF_REDIS = "local time = redis.call('TIME')"
+
+PICTURES_PER_PART = 2
+"""How many pictures a part of a job makes."""
+
+PROMOTE_AFTER_MS = 1_000
+"""How long a job waits in a rig until it moves up."""
 
 DEATHS_MAX = 2
 """How many deaths while alone a job may come to in a rig."""
@@ -108,14 +116,17 @@ def new_job(
     config: JsonObject | None = None,
     deadline_s: float | None = None,
     idempotency: Idempotency | None = None,
+    priority: Priority = Priority.NORMAL,
+    parts: int = 0,
 ) -> NewJob:
-    """A job as the gateway would hand it to the store."""
+    """A job as the gateway would hand it to the store; in `parts` of PICTURES_PER_PART each where it is split."""
     resolved = ResolvedRequest(
         task=task,
         model=model,
         backend="cpu",
         inputs=Inputs(prompt=prompt),
         config=config or {"num_inference_steps": 4, "seed": 7},
+        priority=priority,
         metadata={"who": "test"},
         deadline_s=deadline_s,
     )
@@ -125,11 +136,20 @@ def new_job(
         owner,
         queue,
         request,
-        resolved,
+        _of_pictures(resolved, parts * PICTURES_PER_PART) if parts else resolved,
         trace_id="trace",
         traceparent="00-parent",
         idempotency=idempotency,
+        parts=tuple(
+            NewPart(_of_pictures(resolved, PICTURES_PER_PART, first), first)
+            for first in range(0, parts * PICTURES_PER_PART, PICTURES_PER_PART)
+        ),
     )
+
+
+def _of_pictures(resolved: ResolvedRequest, count: int, first: int = 0) -> ResolvedRequest:
+    config = {**resolved.config, "num_images_per_prompt": count, "seed": 7 + first}
+    return resolved.model_copy(update={"config": config})
 
 
 def idempotency(key: str = "key", *, body: str = "body", ttl_ms: int = LONG_MS) -> Idempotency:
@@ -150,15 +170,33 @@ def claimed(
     return won(store.claim(job_id, worker_id=worker_id, lease_ttl_ms=lease_ttl_ms, alone=alone)).lease
 
 
-def succeeded(job_id: str, *, mode: ExecutionMode = ExecutionMode.MODULAR) -> Succeeded:
-    """An outcome with one picture."""
-    picture = Artifact(
-        kind=ArtifactKind.IMAGE, name="0.png", index=0, path="0.png", mime="image/png", size_bytes=3, sha256="00"
+def succeeded(
+    job_id: str, *, mode: ExecutionMode = ExecutionMode.MODULAR, first: int = 0, count: int = 1, worker_id: str = "w1"
+) -> Succeeded:
+    """An outcome with `count` pictures, the first of which is picture `first` of its job."""
+    pictures = tuple(
+        Artifact(
+            kind=ArtifactKind.IMAGE,
+            name=f"{index}.png",
+            index=index,
+            path=f"{index}.png",
+            mime="image/png",
+            seed=7 + index,
+            size_bytes=3,
+            sha256="00",
+        )
+        for index in range(first, first + count)
     )
     report = RunReport(
-        run_id="run", task=Task.TEXT2IMAGE, model="shapes", backend="cpu", job_id=job_id, execution_mode=mode
+        run_id="run",
+        task=Task.TEXT2IMAGE,
+        model="shapes",
+        backend="cpu",
+        job_id=job_id,
+        worker_id=worker_id,
+        execution_mode=mode,
     )
-    return Succeeded(GenerateResult(outputs=(picture,), metadata=report))
+    return Succeeded(GenerateResult(outputs=pictures, metadata=report))
 
 
 def failed() -> Failed:

@@ -1,13 +1,11 @@
 -- Cancels a queued job, asks the holder of a running one. Answers a CancelOutcome, or nil for an unknown job.
-local job = load()
-if not job then return nil end
+local job = load(id)
+if not job or job.whole then return nil end
 if job.call == call then return job.answer end
 if over(job) then return 'already_finished' end
-if job.state == 'running' then
-  redis.call('HSET', job_key, 'cancel_requested', 1)
-  redis.call('PUBLISH', prefix .. ':cancel', id)
-  return answer('requested')
+redis.call('HSET', job.key, 'cancel_requested', 1)
+if job.state == 'running' and not job.parts then
+  redis.call('PUBLISH', cancel_channel, id)
+  return answer(job, 'requested')
 end
-redis.call('HSET', job_key, 'cancel_requested', 1)
-finish(job, 'cancelled', 'job_cancelled', '{}')
-return answer('cancelled')
+return answer(job, cancel(job) and 'cancelled' or 'requested')

@@ -12,11 +12,11 @@ local function served(queue)
   return false
 end
 
-local job = load()
-if not job or not served(job.queue) then return nil end
-if held(job, token) then return redis.call('HGETALL', job_key) end -- the answer was lost on its way
+local job = load(id)
+if not job or job.parts or not served(job.queue) then return nil end
+if held(job, token) then return redis.call('HGETALL', job.key) end -- the answer was lost on its way
 if job.state == 'queued' and job.cancel_requested then
-  finish(job, 'cancelled', 'job_cancelled', '{}')
+  cancel(job)
 elseif job.state == 'queued' and passed(job.deadline_at_ms) then
   fail(job, TIMED_OUT)
 end
@@ -28,20 +28,37 @@ if job.avoided_worker == worker_id and not passed(job.avoided_until_ms) then
 end
 if job.runs_alone and not alone then
   if job.awaited_by and job.awaited_by ~= worker_id and not passed(job.awaited_until_ms) then return 'awaited' end
-  redis.call('HSET', job_key, 'awaited_by', worker_id, 'awaited_until_ms', now + AWAITED_MS)
+  redis.call('HSET', job.key, 'awaited_by', worker_id, 'awaited_until_ms', now + AWAITED_MS)
   return 'must run alone'
 end
 
-if mode ~= '' then
-  job.execution_mode = mode
-  redis.call('HSET', job_key, 'execution_mode', mode)
+local function note_mode(of)
+  if mode == '' then return end
+  of.execution_mode = mode
+  redis.call('HSET', of.key, 'execution_mode', mode)
 end
+
+note_mode(job)
 enter(job, 'running')
-local attempt = redis.call('HINCRBY', job_key, 'attempt', 1)
+local attempt = redis.call('HINCRBY', job.key, 'attempt', 1)
 local lease_expires_at_ms = now + lease_ttl_ms
-redis.call('HSET', job_key, 'token', token, 'worker_id', worker_id, 'phase', 'waiting', 'started_at_ms', now,
+redis.call('HSET', job.key, 'token', token, 'worker_id', worker_id, 'phase', 'waiting', 'started_at_ms', now,
   'lease_expires_at_ms', lease_expires_at_ms)
-if alone then redis.call('HSET', job_key, 'alone', 1) end
+if alone then redis.call('HSET', job.key, 'alone', 1) end
 redis.call('ZADD', running_key(job.queue), lease_expires_at_ms, id)
-append('job_started', '"job"', '{"attempt":' .. attempt .. ',"worker_id":' .. worker_json .. '}')
-return redis.call('HGETALL', job_key)
+
+local started = '{"attempt":' .. attempt .. ',"worker_id":' .. worker_json .. '}'
+local whole = job.whole
+if whole then
+  if whole.state == 'queued' then
+    note_mode(whole)
+    enter(whole, 'running')
+    redis.call('HSET', whole.key, 'phase', 'waiting', 'started_at_ms', now)
+    append(whole, 'job_started', '"job"', started)
+  end
+  append(job, 'part_started', '"job"', started)
+  follow(whole)
+else
+  append(job, 'job_started', '"job"', started)
+end
+return redis.call('HGETALL', job.key)

@@ -1,6 +1,6 @@
 -- Ends an attempt without an outcome. ARGV: token, reason as JSON, died, alone, retry (0 | 1), delay_ms, avoid_ms.
 -- Answers "lost" or "done".
-local job = load()
+local job = load(id)
 if job and job.call == call then return job.answer end
 if not held(job, ARGV[5]) then return 'lost' end
 release(job, ARGV[6], {
@@ -10,4 +10,4 @@ release(job, ARGV[6], {
   delay_ms = tonumber(ARGV[10]),
   avoid_ms = tonumber(ARGV[11]),
 })
-return answer('done')
+return answer(job, 'done')
