@@ -46,6 +46,10 @@ V = TypeVar("V", bound=Loaded)
 Wakeable = Callable[[Callable[[], object]], AbstractContextManager[None]]
 
 
+def _not_told() -> None:
+    """Nobody wants to know."""
+
+
 def _never_woken(wake: Callable[[], object]) -> AbstractContextManager[None]:
     del wake
     return nullcontext()
@@ -115,17 +119,21 @@ class ModelCache(Generic[K, V]):
         request: ResolvedRequest | None = None,
         check: Callable[[], object] = lambda: None,
         woken_by: Wakeable = _never_woken,
+        waits: Callable[[], object] = _not_told,
+        admitted: Callable[[], object] = _not_told,
     ) -> Iterator[tuple[V, bool]]:
         """The model, and whether it was loaded before; it stays while inside, and so do `working_bytes`.
 
         `estimate_bytes` are set aside for a load, until the model tells its size. A wait ends when `check` raises,
-        which is asked whenever what `woken_by` was given is called.
+        which is asked whenever what `woken_by` was given is called. `waits` is told if there is no room yet, `admitted`
+        once there is.
         Raises InsufficientMemory at once for what could never fit, with the remedy for `request`; or what `load`
         raises, to everyone who waited for it: a failed load leaves nothing.
         """
         with woken_by(self._wake):
-            entry, hit = self._admitted(key, _Waiter(estimate_bytes, working_bytes, request), check)
+            entry, hit = self._admitted(key, _Waiter(estimate_bytes, working_bytes, request), check, waits)
         try:
+            admitted()
             self._loaded(key, entry, load, check, woken_by)
             self._budget.require(entry.size_bytes, working_bytes, request)  # it may be larger than was estimated
             yield _model(entry), hit
@@ -145,19 +153,26 @@ class ModelCache(Generic[K, V]):
 
     # In the line
 
-    def _admitted(self, key: K, waiter: _Waiter, check: Callable[[], object]) -> tuple[_Entry[V], bool]:
+    def _admitted(
+        self, key: K, waiter: _Waiter, check: Callable[[], object], waits: Callable[[], object]
+    ) -> tuple[_Entry[V], bool]:
         """Wait for room, and take it."""
         with self._changed:
             self._line.append(waiter)
+        told = False
         try:
             while True:
                 with self._changed:
-                    while (evicted := self._make_room(key, waiter)) is None:
+                    while (evicted := self._make_room(key, waiter)) is None and told:
                         check()
                         self._changed.wait()
-                    if not evicted:
+                    if evicted == []:
                         return self._take(key, waiter)
-                self._drop(evicted)
+                if evicted is None:  # outside the lock, for whoever is told may want it
+                    waits()
+                    told = True
+                else:
+                    self._drop(evicted)
         finally:
             with self._changed:
                 self._line.remove(waiter)

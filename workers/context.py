@@ -17,11 +17,17 @@ from typing import Any
 from omnirt_tasks.clock import unix_ms
 from omnirt_tasks.contract import EventName
 from omnirt_tasks.contract.base import JsonObject
+from workers.chunks.members import Member
 from workers.device import DeviceCall, DeviceClosed, DeviceThread
 from workers.host import HostEvent, InterruptReason, OnEvent, RunOrder
 
 # Makes a device call for a job, in the stage it belongs to (None: the present one).
 OnDevice = Callable[[DeviceCall, str | None], Any]
+
+DENOISE = "denoise"
+"""The stage whose calls come again with each step: those who share them wait for each other."""
+WAITING = "waiting"
+"""The stage of a run that waits for memory, or until it has the device as a whole."""
 
 _CURRENT: ContextVar["JobContext | None"] = ContextVar("omnirt_current_job", default=None)
 
@@ -49,6 +55,7 @@ class JobContext:
     def __init__(self, order: RunOrder, device: DeviceThread, on_event: OnEvent) -> None:
         self.order = order
         self.device = device
+        self.member = Member.of(order)
         self.cache_hits: list[str] = []
         self.latent_stats: JsonObject | None = None
         self.timings_ms: dict[str, float] = {}
@@ -64,12 +71,13 @@ class JobContext:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Make this the current job of the thread at hand."""
+        """Make this the current job of the thread at hand; once outside it has no more device calls."""
         token = _CURRENT.set(self)
         try:
             yield
         finally:
             _CURRENT.reset(token)
+            self.device.leave(self.member)
 
     # Interrupts
 
@@ -81,6 +89,7 @@ class JobContext:
             wake = self._wake
         if wake is not None:
             wake()
+        self.device.leave(self.member)
 
     def check(self) -> None:
         """Raise Interrupted if the run is to stop."""
@@ -112,7 +121,7 @@ class JobContext:
         if stage is not None:
             self.stage(stage)
         try:
-            future = self.device.submit(call)
+            future = self.device.submit(call, self.member, denoises=stage == DENOISE)
             try:
                 with self.woken_by(future.cancel):
                     return future.result()
@@ -135,11 +144,15 @@ class JobContext:
             self.interrupt(InterruptReason.GIVE_BACK)
             raise Interrupted(self._reason or InterruptReason.GIVE_BACK) from None
         try:
+            if hold.waits:
+                self.stage(WAITING)
             with self.woken_by(hold.release):
                 wait([hold.mine])
             if hold.mine.cancelled():  # the device is closing, or the run is to stop
                 self.interrupt(InterruptReason.GIVE_BACK)
             self.check()
+            if hold.waits:
+                self.end_stage()
             yield
         finally:
             hold.release()
@@ -176,7 +189,9 @@ class JobContext:
         self.emit(EventName.CACHE_HIT, self._stage or "load", {"cache": "model", "model": model})
 
     def step(self, step: int, total: int, timestep: float | None = None) -> None:
-        """Say that step `step` (from 1) of `total` is done."""
+        """Say that step `step` (from 1) of `total` is done; after the last, nobody waits for the run any more."""
+        if step >= total:
+            self.device.leave(self.member)
         data: JsonObject = {"step": step, "total": total}
         if timestep is not None:
             data["timestep"] = timestep
@@ -185,7 +200,7 @@ class JobContext:
     def loaded_part(self, part: str, done: int, total: int) -> None:
         """Say that a part of the model is loaded, `done` of `total`. Raises Interrupted if the run is to stop."""
         self.check()
-        self.emit(EventName.STAGE_PROGRESS, "load", {"step": done, "total": total, "part": part})
+        self.emit(EventName.STAGE_PROGRESS, "load", {"step": done, "total": total, "module": part})
 
     def wants_preview(self, step: int, total: int) -> bool:
         """Whether this step is to be followed by a preview; the last one is not, the picture itself comes next."""

@@ -1,13 +1,12 @@
-"""The device thread: the only caller of heavy modules, in the order in which calls come.
+"""The device thread: the only caller of heavy modules, in the order in which calls come, but for those made as one.
 
-    job's thread ──DeviceCall──► one queue ──► device thread ──Future──► job's thread
+    job's thread ──DeviceCall──► line ──chunk──► device thread: forwards ──Future──► job's thread
 
-It knows nothing of jobs, models or torch. A call carries its module and arguments, so that calls which agree can
-become one forward pass here.
+It knows nothing of jobs, models or torch. Which calls become one is the line's to say (`workers.chunks.line`), how
+they are made that of `workers.chunks.forwards`.
 """
 
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from workers.backends import BackendDriver
+from workers.chunks.calls import ChunkKey, Joint
+from workers.chunks.forwards import Forwards
+from workers.chunks.limits import Limits, MeasuredLimits
+from workers.chunks.line import Line, Waiting, WaitUntil
+from workers.chunks.members import Member
 
 log = logging.getLogger(__name__)
 
@@ -27,12 +31,20 @@ class DeviceClosed(RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class DeviceCall:
-    """One call of a heavy module: `function(*args, **kwargs)`, a method of `module`."""
+    """One call of a heavy module: `function(*args, **kwargs)`, a method of `module`.
+
+    Calls of an equal `key` may be made as one, by their `joint`; `rows` is how many samples this one brings. `part`
+    names what is called ("unet", "vae.decode"), for what is measured.
+    """
 
     module: object
     function: Callable[..., Any]
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    key: ChunkKey = field(default_factory=lambda: ChunkKey.alone("it shares with nobody"))
+    joint: Joint | None = None
+    rows: int = 1
+    part: str = ""
 
     def __call__(self) -> Any:
         """Make the call, in the thread at hand."""
@@ -40,18 +52,22 @@ class DeviceCall:
 
 
 class DeviceThread:
-    """One thread that makes every device call, under the backend's guard.
+    """One thread that makes every device call, under the backend's guard: those of an equal key as one.
 
-    Owns the queue of calls and the call in hand. Safe to share between threads.
+    Owns the line of calls and the calls in hand. Safe to share between threads.
     """
 
-    def __init__(self, driver: BackendDriver, name: str = "omnirt-device") -> None:
-        """Start the thread and wait until it holds the device; raises what the backend's guard raises."""
+    def __init__(self, driver: BackendDriver, name: str = "omnirt-device", *, limits: Limits | None = None) -> None:
+        """Start the thread and wait until it holds the device; raises what the backend's guard raises.
+
+        `limits` say how many rows a call may have; by default as measured, from nothing.
+        """
         self._driver = driver
-        self._calls: queue.SimpleQueue[tuple[DeviceCall, Future[Any]] | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # guards: no call is queued behind the end mark
-        self._in_hand: Future[Any] | None = None
-        self._in_hand_since: float | None = None
+        limits = MeasuredLimits() if limits is None else limits
+        self._forwards = Forwards(driver, limits)
+        self._changed = threading.Condition()  # guards what follows
+        self._line = Line(limits)
+        self._in_hand: tuple[Waiting, ...] = ()
         self.closing = threading.Event()
         """Set once the device is to be let go; a call that waits for something else waits for this too."""
         ready: Future[None] = Future()
@@ -59,18 +75,30 @@ class DeviceThread:
         self._thread.start()
         ready.result()
 
-    def submit(self, call: DeviceCall) -> "Future[Any]":
-        """Queue a call. Its future may be cancelled until the call begins. Raises DeviceClosed after `close`."""
-        future: Future[Any] = Future()
-        with self._lock:
+    def submit(self, call: DeviceCall, member: Member | None = None, *, denoises: bool = False) -> "Future[Any]":
+        """Put a call into the line. Its future may be cancelled until the call begins. Raises DeviceClosed when closed.
+
+        A call of a run's `member` may be made as one with those of others. `denoises` says that the member is to come
+        again, step by step: who shares with it waits for it a little, until it leaves.
+        """
+        waiting = Waiting(call, member, time.monotonic(), denoises)
+        with self._changed:
             if self.closing.is_set():
                 raise DeviceClosed("The device has been let go.")
-            self._calls.put((call, future))
-        return future
+            self._line.add(waiting)
+            self._changed.notify()
+        return waiting.future
+
+    def leave(self, member: Member) -> None:
+        """Let nobody wait for this member: it has no further call of the kind, or is to stop."""
+        with self._changed:
+            self._line.leave(member)
+            self._changed.notify()
 
     def hold(self) -> "Hold":
         """Ask for the device for longer than a call; see Hold. Raises DeviceClosed after `close`."""
-        return Hold(self)
+        with self._changed:  # nothing is to come between the look and the hold's call
+            return Hold(self, waits=bool(self._in_hand) or not self._line.empty)
 
     @property
     def alive(self) -> bool:
@@ -84,26 +112,24 @@ class DeviceThread:
 
     def busy_for_s(self) -> float | None:
         """How long the call in hand has lasted; None without one, and while a job holds the device: that is no call."""
-        since = self._in_hand_since
-        return None if since is None else time.monotonic() - since
+        since_s = self._forwards.since_s
+        if since_s is None or any(isinstance(each.call.module, Hold) for each in self._in_hand):
+            return None
+        return time.monotonic() - since_s
 
     def close(self, timeout_s: float = 10.0) -> bool:
         """Take no more calls, end the thread, and say whether it ended within `timeout_s`.
 
-        Calls that wait fail with DeviceClosed. So does the call in hand if it outlasts the time: its job goes on
-        without it, and only the thread, which nothing can end, stays behind.
+        Calls that wait fail with DeviceClosed. So do those in hand if they outlast the time: their jobs go on
+        without them, and only the thread, which nothing can end, stays behind.
         """
-        with self._lock:
-            if not self.closing.is_set():
-                self.closing.set()
-                self._calls.put(None)
+        with self._changed:
+            self.closing.set()
+            self._changed.notify()
         self._thread.join(timeout_s)
         if not self._thread.is_alive():
             return True
-        if (in_hand := self._in_hand) is not None:
-            with suppress(InvalidStateError):  # it ended just now, after all
-                in_hand.set_exception(DeviceClosed("The device was let go while the call ran."))
-        self._refuse_waiting()
+        self._refuse_all()
         log.error("a device call never returned; its thread is left behind", extra={"thread_name": self._thread.name})
         return False
 
@@ -111,44 +137,52 @@ class DeviceThread:
         try:
             with self._driver.guard():
                 ready.set_result(None)
-                self._serve()
+                try:
+                    while calls := self._next():
+                        self._make(calls)
+                        del calls  # tensors must not live until the next call comes
+                finally:  # whatever ends the thread, nobody is to wait for it
+                    self.closing.set()
+                    self._refuse_all()
         except BaseException as error:
             if ready.done():
                 raise
             ready.set_exception(error)
 
-    def _serve(self) -> None:
-        while (entry := self._calls.get()) is not None:
-            call, future = entry
-            if self.closing.is_set():
-                if future.set_running_or_notify_cancel():
-                    future.set_exception(DeviceClosed("The device has been let go."))
-            elif future.set_running_or_notify_cancel():
-                self._make(call, future)
-            del entry, call, future  # tensors must not live until the next call comes
+    def _next(self) -> tuple[Waiting, ...]:
+        """The calls to make, waited for; none once the device is to be let go."""
+        with self._changed:
+            while not self.closing.is_set():
+                now_s = time.monotonic()
+                match self._line.next(now_s):
+                    case WaitUntil(time_s):
+                        self._changed.wait(max(time_s - now_s, 0.0))
+                    case None:
+                        self._changed.wait()
+                    case calls:
+                        self._in_hand = calls
+                        return calls
+        return ()
 
-    def _make(self, call: DeviceCall, future: "Future[Any]") -> None:
-        self._in_hand = future
-        self._in_hand_since = None if isinstance(call.module, Hold) else time.monotonic()
-        try:
-            result = call()
-            self._driver.synchronize()
-        except BaseException as error:  # noqa: BLE001 - it belongs to the job that made the call
-            with suppress(InvalidStateError):  # closed meanwhile
-                future.set_exception(error)
-        else:
+    def _make(self, calls: tuple[Waiting, ...]) -> None:
+        for made in self._forwards.make(calls):
+            with self._changed:
+                if made.error is None:
+                    self._line.made(made.calls, made.elapsed_s, time.monotonic())
+                self._in_hand = tuple(each for each in self._in_hand if each not in made.calls)
+            made.settle()
+            del made
+            if self.closing.is_set():  # those that were not made with them are not made any more
+                return
+
+    def _refuse_all(self) -> None:
+        """Fail what is in hand and what waits, but for what ends just now."""
+        with self._changed:
+            in_hand, self._in_hand = self._in_hand, ()
+            waiting = [each for each in self._line.clear() if each.future.set_running_or_notify_cancel()]
+        for each in (*in_hand, *waiting):
             with suppress(InvalidStateError):
-                future.set_result(result)
-        finally:
-            self._in_hand = self._in_hand_since = None
-
-    def _refuse_waiting(self) -> None:
-        with suppress(queue.Empty):
-            while True:
-                entry = self._calls.get_nowait()
-                if entry is not None and entry[1].set_running_or_notify_cancel():
-                    entry[1].set_exception(DeviceClosed("The device has been let go."))
-        self._calls.put(None)  # for the thread, should its call ever return
+                each.future.set_exception(DeviceClosed("The device has been let go."))
 
 
 class Hold:
@@ -158,7 +192,9 @@ class Hold:
     change what others share.
     """
 
-    def __init__(self, device: DeviceThread) -> None:
+    def __init__(self, device: DeviceThread, *, waits: bool) -> None:
+        self.waits = waits
+        """Whether others were before it when it came."""
         self._released = threading.Event()
         self._mine: Future[None] = Future()
         self._queued = device.submit(DeviceCall(self, self._wait, (device.closing,)))

@@ -27,6 +27,9 @@ class HostConfig:
     `cache_size` is the most models kept loaded, `memory_budget_bytes` the most memory that models and runs may take
     together (None: nine tenths of the device's), `concurrency` the most runs it is to be given at once. `warm_up` are
     models that are loaded before the host is ready.
+
+    `max_batch_size` is the most runs that share a device call (None: as many as pays, as measured; 1: none do), and
+    `batch_window_ms` how long the first of them waits for others. What was measured is kept in `chunk_table`, a file.
     """
 
     backend: str
@@ -38,6 +41,9 @@ class HostConfig:
     torch_threads: int | None = None
     memory_budget_bytes: int | None = None
     warm_up: tuple[str, ...] = ()
+    max_batch_size: int | None = None
+    batch_window_ms: float = 0.0
+    chunk_table: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,9 @@ class RunOrder:
     A model that keeps checkpoints writes them into `checkpoint_dir` (exists; None: it keeps none) and tells of each
     whole file by a CHECKPOINT event {step, file}; the file is the reader's from then on. With `resume_from`, such a
     file of an earlier attempt, the run goes on after its step; one that does not fit is no reason to fail.
+
+    An order that is `alone` shares its device calls with no other. `first_output` is the place of its first output in
+    the result of the job that it is a part of: outputs are named and numbered from there.
     """
 
     job_id: str
@@ -60,6 +69,8 @@ class RunOrder:
     preview_every_steps: int = 0
     checkpoint_dir: Path | None = None
     resume_from: Path | None = None
+    alone: bool = False
+    first_output: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,6 +88,7 @@ class InterruptReason(StrEnum):
     CANCEL = "cancel"  # the caller no longer wants it
     TIMEOUT = "timeout"  # its time limit has passed
     GIVE_BACK = "give_back"  # the worker is leaving; another attempt will run
+    NO_ROOM = "no_room"  # it would wait here behind another one that does; another attempt will run
     LEASE_LOST = "lease_lost"  # another attempt holds the job
 
 
@@ -106,6 +118,7 @@ class RunFacts:
     cache_hits: tuple[str, ...] = ()
     peak_memory_bytes: int | None = None
     batch_size: int = 1
+    batch_size_mean: float = 1.0
     batch_group_id: str | None = None
     latent_stats: JsonObject | None = None
 

@@ -1,11 +1,13 @@
 """Which model a run needs, in which form, whether its files are sound, and what it can do here."""
 
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from omnirt_tasks.contract import ModelAbility
+from omnirt_tasks.contract import ExecutionMode, ModelAbility
 from omnirt_tasks.contract.base import JsonObject
+from omnirt_tasks.contract.capability import ChunkMeasure
 from omnirt_tasks.errors import ModelFailed
 from omnirt_tasks.registry import LoadRequest, ModelSpec, TaskSpec
 from omnirt_tasks.registry.footprint import FALLBACK_DTYPE, default_dtype, nearest_dtype, weights_bytes_by_dtype
@@ -13,6 +15,9 @@ from omnirt_tasks.registry.weight_files import UnsoundWeights, count_tensors
 from workers.backends import DeviceInfo
 
 FOLDERS_SETTING = "OMNIRT_MODEL_FOLDERS"
+
+# How the models run that share no device call, since each job of theirs holds the device.
+HOLDS_THE_DEVICE = {ExecutionMode.SUBPROCESS, ExecutionMode.PERSISTENT_WORKER}
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,18 @@ class ModelKey:
     compile: bool
 
 
+@dataclass(frozen=True)
+class Sharing:
+    """Whether jobs share a model's device calls: the `classes` of modules whose calls they do, and why not if not."""
+
+    classes: tuple[str, ...] = ()
+    unchunked: str | None = None
+
+
+def _nothing_measured(_model: str) -> tuple[ChunkMeasure, ...]:
+    return ()
+
+
 class Shelf:
     """The models of a host: what each is loaded from, and as what. Safe to share between threads."""
 
@@ -44,6 +61,8 @@ class Shelf:
         self._device = device
         self._torch_device = torch_device
         self._weights_bytes: dict[str, Mapping[str, int]] = {}  # by model and dtype, from the files' headers
+        self._lock = threading.Lock()  # guards the sharing
+        self._sharing = {spec.id: Sharing(unchunked=_holding(spec)) for spec in models}
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -120,8 +139,19 @@ class Shelf:
         """The models that the keys are of, in order."""
         return tuple(sorted({key.model for key in keys}))
 
-    def abilities(self, seconds_per_unit: Callable[[str], float | None]) -> dict[str, ModelAbility]:
-        """What each model can do on this device."""
+    def note_sharing(self, spec: ModelSpec, sharing: Sharing) -> None:
+        """What loading the model showed of which of its device calls jobs share."""
+        with self._lock:
+            self._sharing[spec.id] = sharing
+
+    def abilities(
+        self,
+        seconds_per_unit: Callable[[str], float | None],
+        chunks: Callable[[str], tuple[ChunkMeasure, ...]] = _nothing_measured,
+    ) -> dict[str, ModelAbility]:
+        """What each model can do on this device; `seconds_per_unit` and `chunks` tell what was measured of it."""
+        with self._lock:
+            sharing = dict(self._sharing)
         return {
             spec.id: ModelAbility(
                 tasks=tuple(spec.tasks),
@@ -135,6 +165,9 @@ class Shelf:
                 working_bytes_per_frame_pixel=spec.working_bytes_per_frame_pixel,
                 working_dtype=spec.working_dtype,
                 tile_px=spec.tile_px,
+                chunk_classes=sharing[spec.id].classes,
+                unchunked=sharing[spec.id].unchunked,
+                chunks=chunks(spec.id),
                 seconds_per_unit=seconds_per_unit(spec.id),
             )
             for spec in self._models.values()
@@ -148,6 +181,10 @@ class Shelf:
         if counted:  # what its files do not tell now they may tell once they are mended
             self._weights_bytes[spec.id] = counted
         return counted
+
+
+def _holding(spec: ModelSpec) -> str | None:
+    return "Each of its jobs has the device for itself." if spec.execution_mode in HOLDS_THE_DEVICE else None
 
 
 def _largest(task: TaskSpec) -> dict[str, float]:

@@ -6,7 +6,7 @@ submit(order) ─► a thread per run ─► ModelCache ─► executor ─► D
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Self
 
 from omnirt_tasks.contract import ErrorInfo, ExecutionMode
-from omnirt_tasks.errors import ConfigurationError, Internal, ModelFailed, OmnirtError, OutOfMemory, WorkerLost
+from omnirt_tasks.errors import ConfigurationError, OutOfMemory, WorkerLost
 from omnirt_tasks.observability.logs import bound
 from omnirt_tasks.registry import LoadRequest, ModelSpec, discover
-from omnirt_tasks.registry.footprint import in_words, run_working_bytes
+from omnirt_tasks.registry.footprint import run_working_bytes
 from omnirt_tasks.registry.work import megapixel_steps
 from workers.backends import BackendDriver, DeviceInfo, driver
 from workers.cache import ModelCache
-from workers.context import Interrupted, JobContext
+from workers.chunks.limits import MeasuredLimits
+from workers.chunks.members import Member
+from workers.context import WAITING, Interrupted, JobContext
 from workers.device import DeviceThread
-from workers.disk import full_disk
 from workers.executors import Executor, LoadedModel, executor_for
 from workers.host import (
     DeviceCapability,
@@ -40,14 +41,16 @@ from workers.host import (
     RunOutcome,
     RunSucceeded,
 )
-from workers.loading import ModelKey, Shelf
+from workers.loading import HOLDS_THE_DEVICE, ModelKey, Shelf
 from workers.pace import Pace
+from workers.run_errors import broken_off, causes, explain
 
 log = logging.getLogger(__name__)
 
 
 # What models and runs may take of a device's memory; the rest is for the libraries, and for what nobody counts.
 BUDGET_SHARE = 0.9
+LOAD = "load"
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,9 @@ class ThreadHost:
         concurrency: int,
         memory_budget_bytes: int | None = None,
         warm_up: Sequence[str] = (),
+        max_batch_size: int | None = None,
+        batch_window_ms: float = 0.0,
+        chunk_table: Path | None = None,
     ) -> None:
         """Take the device.
 
@@ -79,6 +85,9 @@ class ThreadHost:
         has none. `cache_size` is the most models kept loaded, `memory_budget_bytes` the most that they and the runs
         take of the device's memory together (nine tenths of it by default), `concurrency` the most runs the host is to
         be given at once. `warm_up` names the models that `warm_up` loads.
+        `max_batch_size` is the most runs that share a device call (as many as pays by default; 1: none do),
+        `batch_window_ms` how long the first of them waits for others, unless its model says; `chunk_table` is the file
+        that keeps what was measured of sharing.
         Raises ConfigurationError when the backend has no such device here, or `warm_up` names more than `cache_size`.
         """
         self._driver = backend
@@ -105,7 +114,10 @@ class ThreadHost:
         self._runs: list[_Run] = []
         self._closed = False
         self._lost = False  # the device is, for this process
-        self._device = DeviceThread(backend)
+        self._max_batch_size = max_batch_size
+        self._batch_window_ms = batch_window_ms
+        self._limits = MeasuredLimits(chunk_table, backend=backend.name, device_name=self._info.name)
+        self._device = DeviceThread(backend, limits=self._limits)
 
     @classmethod
     def from_config(cls, config: HostConfig, models: Sequence[ModelSpec] | None = None) -> Self:
@@ -124,6 +136,9 @@ class ThreadHost:
             concurrency=config.concurrency,
             memory_budget_bytes=config.memory_budget_bytes,
             warm_up=config.warm_up,
+            max_batch_size=config.max_batch_size,
+            batch_window_ms=config.batch_window_ms,
+            chunk_table=config.chunk_table,
         )
 
     def warm_up(self) -> None:
@@ -195,7 +210,7 @@ class ThreadHost:
             memory_budget_bytes=self._budget_bytes,
             features=self._features,
             ranks_max=self._info.ranks_max,
-            abilities=self._shelf.abilities(self._pace.seconds_per_unit),
+            abilities=self._shelf.abilities(self._pace.seconds_per_unit, self._limits.chunks),
         )
 
     def health(self) -> HostHealth:
@@ -220,17 +235,19 @@ class ThreadHost:
             run.thread.join(max(0.0, deadline_s - time.monotonic()))
         if left := [run.thread.name for run in runs if run.thread.is_alive()]:
             log.error("runs outlasted the closing of their host", extra={"runs": left})
+        self._limits.save(at_once=True)
         self._cache.clear()
 
     # One run, in its own thread
 
     def _run(self, job: JobContext, outcome: "Future[RunOutcome]", alone: bool) -> None:
         order = job.order
-        result: RunOutcome = RunFailed(_broken_off())
+        result: RunOutcome = RunFailed(broken_off())
         try:
             with bound(job_id=order.job_id, model=order.request.model):
                 result = self._outcome(job, alone=alone)
                 self._tidy()
+                self._limits.save()
         finally:  # whoever waits gets an outcome, even when telling of an error fails
             with self._lock:
                 self._runs = [run for run in self._runs if run.job is not job]
@@ -251,7 +268,7 @@ class ThreadHost:
             if self._shares_loss(error):
                 log.warning("run failed on a device that is lost", exc_info=True, extra={"attempt": job.order.attempt})
                 return _lost()
-            info = self._explain(error)
+            info = explain(error, job.member, self._driver)
             log.exception("run failed", extra={"attempt": job.order.attempt, "code": info.code})
         return self._failed(job, info)
 
@@ -261,7 +278,7 @@ class ThreadHost:
         spec = self._shelf.spec(order.request.model)
         executor = self._executor(spec)
         request = replace(self._shelf.load_request(spec, config), loaded_part=job.loaded_part)
-        job.stage("load")
+        self._bound(job.member, spec)
         with self._in_use(spec, request, job) as (model, hit):
             if hit:
                 job.cache_hit(spec.id)
@@ -280,9 +297,19 @@ class ThreadHost:
             config_used={"device": self._info.device} if "device" in config else {},
             cache_hits=tuple(job.cache_hits),
             peak_memory_bytes=self._driver.peak_memory_bytes(),
+            batch_size=job.member.largest,
+            batch_size_mean=round(job.member.mean, 3),
+            batch_group_id=job.member.group_id,
             latent_stats=job.latent_stats,
         )
         return RunSucceeded(outputs, facts)
+
+    def _bound(self, member: Member, spec: ModelSpec) -> None:
+        """Set how much the run shares: what host and model allow."""
+        sizes_max = [size for size in (self._max_batch_size, spec.max_batch_size) if size is not None]
+        member.size_max = min(sizes_max, default=None)
+        window_ms = self._batch_window_ms if spec.batch_window_ms is None else spec.batch_window_ms
+        member.window_s = window_ms / 1000
 
     def _shares_loss(self, error: BaseException) -> bool:
         """Whether the run is lost with the device, and not known to be what the device was lost by.
@@ -292,7 +319,7 @@ class ThreadHost:
         with self._lock:
             if self._lost:
                 return True
-            self._lost = any(self._driver.is_lost(told) for told in _causes(error))
+            self._lost = any(self._driver.is_lost(told) for told in causes(error))
             return self._lost and len(self._runs) > 1
 
     def _failed(self, job: JobContext, info: ErrorInfo) -> RunFailed:
@@ -303,32 +330,6 @@ class ThreadHost:
         except Exception:
             log.exception("could not tell of a failed run")
         return RunFailed(info)
-
-    def _explain(self, error: BaseException) -> ErrorInfo:
-        if isinstance(error, OmnirtError):
-            return error.info()
-        if (full := full_disk(error)) is not None:
-            return full.info()
-        if self._driver.is_out_of_memory(error):
-            return OutOfMemory(
-                f"The device has too little memory for this job{self._memory_in_words()}.",
-                "Ask for fewer or smaller pictures, or for the preset low-vram.",
-            ).info()
-        if isinstance(error, Exception):
-            return ModelFailed(
-                f"The model's code raised {type(error).__name__}.", "The worker's log has the whole story."
-            ).info()
-        return _broken_off()
-
-    def _memory_in_words(self) -> str:
-        try:
-            memory = self._driver.memory()
-        except Exception:  # where memory lacked for the device's own libraries, it cannot be asked
-            log.warning("the device does not tell its memory", exc_info=True)
-            return ""
-        if memory is None:
-            return ""
-        return f": {in_words(memory.free_bytes)} of its {in_words(memory.total_bytes)} are free"
 
     # Models
 
@@ -344,6 +345,8 @@ class ThreadHost:
     ) -> AbstractContextManager[tuple[LoadedModel, bool]]:
         """The model and whether it was loaded before, kept with what the job needs beside it; None is no job."""
         if spec.execution_mode is ExecutionMode.SUBPROCESS:  # a program keeps nothing, and takes no model's place
+            if job is not None:
+                job.stage(LOAD)
             return nullcontext((self._load(spec, request), False))
         key, load = self._shelf.key(spec, request), partial(self._load, spec, request)
         estimate_bytes = self._shelf.estimate_bytes(spec, request.dtype)
@@ -358,15 +361,20 @@ class ThreadHost:
             request=asked,
             check=job.check,
             woken_by=job.woken_by,
+            waits=partial(job.stage, WAITING),
+            admitted=partial(job.stage, LOAD),
         )
 
     def _load(self, spec: ModelSpec, request: LoadRequest) -> LoadedModel:
         self._shelf.require_sound(spec)
         try:
-            return self._executor(spec).load(spec, request)
+            model = self._executor(spec).load(spec, request)
         except BaseException:
             self._broken_loads.add(threading.get_ident())
             raise
+        if spec.execution_mode not in HOLDS_THE_DEVICE:
+            self._shelf.note_sharing(spec, model.sharing)
+        return model
 
     def _tidy(self) -> None:
         """Give back what a load of this thread held when it broke off; its error, which held it too, has gone."""
@@ -391,14 +399,3 @@ def _device_of(backend: BackendDriver) -> DeviceInfo:
 
 def _lost() -> RunLost:
     return RunLost("The device is lost to this process.")
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, and those that led to it."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _broken_off() -> ErrorInfo:
-    return Internal("The run was broken off.", "The worker's log has the whole story.").info()

@@ -8,8 +8,9 @@ Both take the registry that they join; nothing is registered by importing this m
 """
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
@@ -17,6 +18,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from omnirt_tasks.contract import Priority, QueueReadiness
+from omnirt_tasks.contract.capability import ChunkMeasure
 from omnirt_tasks.errors import ConfigurationError, StoreUnavailable
 from omnirt_tasks.jobs.store import JobStore
 
@@ -42,6 +44,20 @@ STORE_UP = Named("omnirt_store_up", "1 when the job store answered this scrape, 
 STAGE_DURATION = Named("omnirt_stage_duration_seconds", "How long a stage of a job took.", ("stage", "model"))
 CACHE_HITS = Named("omnirt_cache_hits_total", "Work that a cache saved.", ("cache_type",))
 VRAM_PEAK = Named("omnirt_vram_peak_bytes", "The most device memory that a job has needed so far.", ("device",))
+CHUNK_SIZE = Named(
+    "omnirt_chunk_size_jobs", "The mean number of jobs in the forward passes of a job, itself included.", ("model",)
+)
+CHUNK_LIMIT = Named(
+    "omnirt_chunk_limit_rows", "The most samples that are put into one call, as measured.", ("model", "module", "shape")
+)
+CHUNK_FILL = Named(
+    "omnirt_chunk_fill_ratio", "How much of that limit the newest calls used.", ("model", "module", "shape")
+)
+CHUNK_GAIN = Named(
+    "omnirt_chunk_gain_ratio",
+    "Samples per second at that limit, against the smallest calls.",
+    ("model", "module", "shape"),
+)
 HTTP_REQUESTS = Named(
     "omnirt_http_requests_total", "Requests that this gateway process answered.", ("method", "route", "status")
 )
@@ -59,6 +75,10 @@ ALL = (
     STAGE_DURATION,
     CACHE_HITS,
     VRAM_PEAK,
+    CHUNK_SIZE,
+    CHUNK_LIMIT,
+    CHUNK_FILL,
+    CHUNK_GAIN,
     HTTP_REQUESTS,
     HTTP_DURATION,
     HTTP_STREAMS,
@@ -69,6 +89,9 @@ STAGE_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
 
 # From a health check (1 ms) to a synchronous request that waits for its picture.
 HTTP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+# Jobs that share a forward pass, from none beside itself.
+CHUNK_BUCKETS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 # Every queue, by a name of a closed set: names without tags.
 Queues = Callable[[], Mapping[str, QueueReadiness]]
@@ -102,10 +125,44 @@ class StoreCollector(Collector):
         for (task, model, mode, state), count in sorted(counts.items()):
             jobs.add_metric((task, model, mode, state), count)
         for queue, found in sorted(queues.items()):
-            depth.add_metric((queue, Priority.NORMAL.value), found.waiting)
+            for priority in Priority:
+                depth.add_metric((queue, priority.value), found.waiting_by_priority.get(priority, 0))
             running.add_metric((queue,), found.running)
             workers.add_metric((queue,), found.workers)
         return [jobs, depth, running, workers, up]
+
+
+class Shared(Protocol):
+    """How far a run shared its device calls with others."""
+
+    @property
+    def batch_size_mean(self) -> float:
+        """The mean number of runs in its calls, itself included."""
+        ...
+
+
+class _ChunkCollector(Collector):
+    """What sharing device calls brought, by model, as it was told last: a shape that is told no more is gone."""
+
+    def __init__(self) -> None:
+        self._measures: dict[str, Sequence[ChunkMeasure]] = {}  # replaced whole, by model
+        self._lock = threading.Lock()
+
+    def told(self, model: str, measures: Sequence[ChunkMeasure]) -> None:
+        with self._lock:
+            self._measures[model] = tuple(measures)
+
+    def collect(self) -> Iterable[Metric]:
+        limit, fill, gain = _gauge(CHUNK_LIMIT), _gauge(CHUNK_FILL), _gauge(CHUNK_GAIN)
+        with self._lock:
+            told = [(model, measure) for model, measures in self._measures.items() for measure in measures]
+        for model, measure in told:
+            labels = (model, measure.module, measure.shape)
+            limit.add_metric(labels, measure.limit)
+            gain.add_metric(labels, measure.gain)
+            if measure.fill is not None:
+                fill.add_metric(labels, measure.fill)
+        return [limit, fill, gain]
 
 
 class DeviceMetrics:
@@ -122,6 +179,11 @@ class DeviceMetrics:
         self._vram = Gauge(VRAM_PEAK.name, VRAM_PEAK.help, VRAM_PEAK.labels, registry=registry)
         self._peaks: dict[str, int] = {}
         self._lock = threading.Lock()
+        self._sizes = Histogram(
+            CHUNK_SIZE.name, CHUNK_SIZE.help, CHUNK_SIZE.labels, buckets=CHUNK_BUCKETS, registry=registry
+        )
+        self._chunks = _ChunkCollector()
+        registry.register(self._chunks)
 
     def stage_ended(self, stage: str, model: str, elapsed_s: float) -> None:
         """A stage of a job of `model` (its canonical id) took `elapsed_s`."""
@@ -137,6 +199,14 @@ class DeviceMetrics:
             if peak_bytes > self._peaks.get(device, -1):
                 self._peaks[device] = peak_bytes
                 self._vram.labels(device).set(peak_bytes)
+
+    def chunk_shared(self, model: str, shared: Shared) -> None:
+        """A run of `model` has ended that shared its device calls so."""
+        self._sizes.labels(model).observe(shared.batch_size_mean)
+
+    def chunks_measured(self, model: str, measures: Sequence[ChunkMeasure]) -> None:
+        """All that is known of what sharing the device calls of `model` brings, as its capability record tells it."""
+        self._chunks.told(model, measures)
 
 
 class GatewayMetrics:

@@ -12,8 +12,10 @@ from typing import Protocol
 from omnirt_tasks.contract import ResolvedRequest
 from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.errors import InsufficientMemory
+from omnirt_tasks.registry.options import COUNT_OPTION
 from omnirt_tasks.registry.spec import TaskSpec
 from omnirt_tasks.registry.weight_files import UnsoundWeights, count_tensors
+from omnirt_tasks.registry.work import count_pictures, count_prompts
 
 FALLBACK_DTYPE = "fp32"
 DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -68,13 +70,15 @@ def nearest_dtype(wished: str, possible: Sequence[str]) -> str:
     return FALLBACK_DTYPE if FALLBACK_DTYPE in possible else possible[0]
 
 
-def working_bytes(decoding: Decoding, config: JsonObject, num_frames: int | None, default_dtype: str) -> int:
+def working_bytes(
+    decoding: Decoding, config: JsonObject, num_frames: int | None, default_dtype: str, prompts: int = 1
+) -> int:
     """What a run takes beside the weights, at the most: while all its pictures, or frames, are decoded together.
 
     With `vae_slicing` there is one picture at a time, with `vae_tiling` one tile of each. 0 where the config tells no
     size.
     """
-    pictures = 1 if config.get("vae_slicing") is True else _count(config, "num_images_per_prompt", 1)
+    pictures = 1 if config.get("vae_slicing") is True else prompts * _count(config, COUNT_OPTION, 1)
     width_px, height_px = _count(config, "width", 0), _count(config, "height", 0)
     tile_px = decoding.tile_px if config.get("vae_tiling") is True else None
     at_once_px = width_px * height_px if tile_px is None else min(width_px, tile_px) * min(height_px, tile_px)
@@ -91,7 +95,8 @@ def working_bytes(decoding: Decoding, config: JsonObject, num_frames: int | None
 
 def run_working_bytes(decoding: Decoding, task: TaskSpec, request: ResolvedRequest) -> int:
     """`working_bytes` of a request for this task."""
-    return working_bytes(decoding, request.config, request.inputs.num_frames, default_dtype(task))
+    prompts = count_prompts(request)
+    return working_bytes(decoding, request.config, request.inputs.num_frames, default_dtype(task), prompts)
 
 
 def needed_bytes(weights_bytes: int, working_bytes: int) -> int:
@@ -118,7 +123,7 @@ def _remedies(request: ResolvedRequest, *, working: bool) -> tuple[str, ...]:
     A resolved config has all options that there are, each at least with its default.
     """
     config, frames = request.config, request.inputs.num_frames or 1
-    pictures = _count(config, "num_images_per_prompt", 1)
+    pictures = count_pictures(request)
     of_run = (
         ("smaller pictures", "width" in config and frames == 1),
         ("smaller or fewer frames", frames > 1),

@@ -7,6 +7,7 @@ from omnirt_tasks.registry.spec import SEED_MAX, Option, OptionKind
 
 STEPS_MAX = 200
 PICTURES_MAX = 16
+COUNT_OPTION = "num_images_per_prompt"
 GUIDANCE_MAX = 50
 SIZE_MIN_PX = 64
 SIZE_MULTIPLE_PX = 8
@@ -60,8 +61,15 @@ def guidance(default: float = 7.5) -> Option:
 
 
 def pictures(maximum: int = PICTURES_MAX) -> Option:
-    """How many pictures."""
-    return Option("num_images_per_prompt", OptionKind.INTEGER, 1, "Pictures in this job.", minimum=1, maximum=maximum)
+    """How many pictures of each prompt; `maximum` bounds those of all prompts of a job together."""
+    return Option(
+        COUNT_OPTION,
+        OptionKind.INTEGER,
+        1,
+        "Pictures of each prompt; its maximum is that of a whole job.",
+        minimum=1,
+        maximum=maximum,
+    )
 
 
 def size(

@@ -121,8 +121,10 @@ class ModelSpec:
     is refused is counted from the weights that are really there, plus what the decoder works in: the fields from
     `working_bytes_per_pixel` to `tile_px`, as `footprint.Decoding` says.
 
-    `adapters`, `quantisations` and `chunkable` say what a model could take; no request may ask for the first two yet,
-    and nothing merges yet. `checkpointing` says when a job's state is kept, so that another attempt goes on there.
+    `adapters` and `quantisations` say what a model could take; no request may ask for them yet. `max_batch_size` and
+    `batch_window_ms` are the model's own bounds on sharing forward passes (see Settings; the smaller size counts, and
+    the window of a model that has one). `checkpointing` says when a job's state is kept, so that another attempt goes
+    on there.
     """
 
     id: str
@@ -149,5 +151,6 @@ class ModelSpec:
     verified: Verification = Verification.SPEC
     adapters: tuple[str, ...] = ()
     quantisations: tuple[str, ...] = ()
-    chunkable: bool = False
+    max_batch_size: int | None = None
+    batch_window_ms: float | None = None
     checkpointing: Checkpointing | None = None

@@ -292,7 +292,7 @@ def test_a_load_is_told_part_by_part_and_a_later_run_has_nothing_to_tell(make_be
 
 def load_progress(recorder: Recorder) -> list[tuple[Any, Any, Any]]:
     return [
-        (event.data["part"], event.data["step"], event.data["total"])
+        (event.data["module"], event.data["step"], event.data["total"])
         for event in recorder.events
         if event.event is EventName.STAGE_PROGRESS and event.stage == "load"
     ]

@@ -433,6 +433,52 @@ def test_a_vae_that_overflows_in_half_precision_stays_in_fp32_for_all_jobs(
     bench.host.close()
 
 
+def test_a_host_tells_which_classes_of_modules_have_calls_that_jobs_share(bench: Bench) -> None:
+    succeeded(bench.run())
+
+    ability = bench.host.capability().abilities[bench.model]
+
+    assert ability.unchunked is None
+    assert ability.chunk_classes == (
+        "AutoencoderKL",
+        "CLIPTextModel",
+        "CLIPTextModelWithProjection",
+        "UNet2DConditionModel",
+    )
+
+
+def test_a_denoiser_that_takes_an_argument_nobody_knows_runs_alone_draws_the_same_and_is_told_of(
+    bench: Bench, weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import diffusers
+
+    known, plain = diffusers.UNet2DConditionModel.forward, bench.order()
+    succeeded(bench.run(plain))
+
+    def forward(
+        self: Any, sample: Any, timestep: Any, encoder_hidden_states: Any, depth: Any = None, **more: Any
+    ) -> Any:
+        assert depth is None
+        return known(self, sample, timestep, encoder_hidden_states, **more)
+
+    monkeypatch.setattr(diffusers.UNet2DConditionModel, "forward", forward)
+    own_path = tmp_path / "changed"
+    own_path.mkdir()
+    changed, _ = legacy_bench(own_path, weights)
+    orders = [changed.order() for _ in range(3)]
+    with caplog.at_level(logging.WARNING):
+        outcomes = [changed.host.submit(order, Recorder()) for order in orders]
+        facts = [succeeded(outcome.result(RUN_TIMEOUT_S)).facts for outcome in outcomes]
+    ability = changed.host.capability().abilities[changed.model]
+    changed.host.close()
+
+    assert ability.unchunked == "Its unet takes an argument that is not known: 'depth'."
+    assert "UNet2DConditionModel" not in ability.chunk_classes
+    assert caplog.text.count("'depth'") == 1
+    assert [fact.batch_size_mean for fact in facts] == [1.0, 1.0, 1.0]
+    assert [difference(picture(order), picture(plain)) for order in orders] == [0, 0, 0]
+
+
 def test_a_preview_that_fails_leaves_its_job_alone(tiny: tuple[Bench, Loads], caplog: pytest.LogCaptureFixture) -> None:
     bench, loads = tiny
     succeeded(bench.run())

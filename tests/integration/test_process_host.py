@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -63,6 +64,27 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Kept]]:
     yield build
     for kept in made:
         kept.host.close(5.0)
+
+
+def test_runs_in_the_child_share_their_forwards_within_what_the_config_allows(
+    make: Callable[..., Kept], tmp_path: Path
+) -> None:
+    table = tmp_path / "chunks.json"
+    kept = make(replace(STUB, max_batch_size=3, chunk_table=table))
+    for pictures in (1, 2, 4):
+        succeeded(kept.bench.run(num_images_per_prompt=pictures, step_ms=20))
+    orders = [kept.bench.order(num_inference_steps=20, step_ms=20) for _ in range(4)]
+    orders.append(replace(kept.bench.order(num_images_per_prompt=2), alone=True, first_output=5))
+    futures = [kept.host.submit(order, Recorder()) for order in orders]
+    *shared, alone = [succeeded(future.result(RUN_TIMEOUT_S)) for future in futures]
+    assert {outcome.facts.batch_size for outcome in shared} == {3}
+    assert all(outcome.facts.batch_size_mean > 1 for outcome in shared)
+    assert None not in {outcome.facts.batch_group_id for outcome in shared}
+    assert alone.facts.batch_size == 1
+    assert [(output.name, output.index) for output in alone.outputs] == [("5.png", 5), ("6.png", 6)]
+    assert kept.host.capability().abilities["stub"].chunks[0].limit > 1
+    kept.host.close()
+    assert table.is_file()
 
 
 def test_a_run_in_the_child_tells_every_event_in_order_and_leaves_its_files(make: Callable[..., Kept]) -> None:

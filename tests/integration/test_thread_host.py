@@ -348,8 +348,9 @@ def test_the_peak_is_of_the_runs_that_were_there_together_and_a_lack_is_told_in_
     beside = Recorder().on(EventName.STAGE_PROGRESS, lambda: succeeded(bench.run()))
     succeeded(bench.run(recorder=beside))
     assert device.resets == 1
-    told = failed(bench.run(num_images_per_prompt=3, oom_above_chunk=2)).error.message
+    told = failed(bench.run(num_images_per_prompt=3, oom_above_chunk=0)).error.message
     assert device.resets == 2
+    assert "a call of its denoise with one sample of 64x64" in told
     assert "1.00 GiB of its 8.00 GiB are free" in told
     host.close()
 
@@ -378,12 +379,15 @@ def test_the_stub_gives_non_finite_output_as_told(tmp_path: Path) -> None:
     bench.host.close()
 
 
-def test_the_stub_runs_out_of_memory_above_a_chunk_size(tmp_path: Path) -> None:
+def test_a_job_too_large_for_memory_is_made_in_smaller_calls_and_fails_where_one_picture_does_not_fit(
+    tmp_path: Path,
+) -> None:
     bench = stub_bench(tmp_path)
-    error = failed(bench.run(num_images_per_prompt=3, oom_above_chunk=2)).error
+    for fits in (2, 1):
+        assert len(succeeded(bench.run(num_images_per_prompt=3, oom_above_chunk=fits)).outputs) == 3
+    error = failed(bench.run(num_images_per_prompt=3, oom_above_chunk=0)).error
     assert error.code == "out_of_memory"
     assert error.hint
-    succeeded(bench.run(num_images_per_prompt=2, oom_above_chunk=2))
     bench.host.close()
 
 

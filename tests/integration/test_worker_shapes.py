@@ -38,7 +38,7 @@ def test_a_worker_without_queues_serves_the_best_that_its_host_has(system: JobSy
     assert job.result is not None
     told = system.events(job.id, EventName.STAGE_PROGRESS)
     assert [event.data["step"] for event in told if event.stage == "denoise"] == list(range(1, 11))
-    loaded = [event.data["part"] for event in told if event.stage == "load"]
+    loaded = [event.data["module"] for event in told if event.stage == "load"]
     assert sorted(map(str, loaded)) == ["text_encoder", "text_encoder_2", "unet", "vae"], "its loading is told by parts"
     (again,) = eventually(lambda: [one for one in system.fleet.live() if one.loaded], 5)
     assert again.loaded == ("shapes",)

@@ -111,16 +111,18 @@ class Bench:
         return self.host.submit(order, recorder or Recorder()).result(RUN_TIMEOUT_S)
 
 
-def stub_bench(tmp_path: Path, *, cache_size: int = 2) -> Bench:
-    spec = discover().find("stub")
+def stub_bench(tmp_path: Path, *, cache_size: int = 2, spec: Mapping[str, Any] | None = None, **options: Any) -> Bench:
+    """A host of the stub; `spec` overrides fields of its spec, `options` go to the host."""
+    stub = dataclasses.replace(discover().find("stub"), **(spec or {}))
     host = ThreadHost(
         backend=driver("cpu-stub"),
-        models=[spec],
+        models=[stub],
         folders={},
         cache_size=cache_size,
         concurrency=8,
+        **options,
     )
-    return Bench(host, spec.id, tmp_path)
+    return Bench(host, stub.id, tmp_path)
 
 
 class Loads:

@@ -10,6 +10,7 @@ from omnirt_tasks.contract import EventName, Inputs, ResolvedRequest, Task
 from tests.support.hosts import Recorder
 from tests.support.waiting import eventually
 from workers.backends.stub import StubDriver
+from workers.chunks.members import Member
 from workers.context import Interrupted, JobContext, current_job
 from workers.device import DeviceCall, DeviceThread
 from workers.host import InterruptReason, RunOrder
@@ -124,3 +125,47 @@ def test_a_failed_stage_has_an_error_and_no_end(job: JobContext, recorder: Recor
     job.stage_failed("model_failed", "it raised")
     job.end_stage()
     assert [event.event for event in recorder.events] == [EventName.STAGE_START, EventName.STAGE_ERROR]
+
+
+def test_a_job_says_that_it_waits_for_the_whole_device_only_where_it_has_to(
+    device: DeviceThread, job: JobContext, recorder: Recorder
+) -> None:
+    with job.device_held():
+        job.stage("generate")
+    job.end_stage()
+    assert recorder.stages == ["generate"]
+
+    other = device.hold()
+    recorder.on(EventName.STAGE_START, other.release, count=2)
+    with job.device_held():
+        assert other.mine.done()
+        job.stage("generate")
+    assert recorder.stages == ["generate", "waiting", "generate"]
+    assert "waiting" in job.timings_ms
+
+
+def test_a_job_that_waits_for_the_whole_device_leaves_as_soon_as_it_is_interrupted(
+    device: DeviceThread, job: JobContext, recorder: Recorder
+) -> None:
+    other = device.hold()
+    recorder.on(EventName.STAGE_START, lambda: job.interrupt(InterruptReason.NO_ROOM))
+    with pytest.raises(Interrupted) as stopped, job.device_held():
+        pytest.fail("another job holds the device")
+    assert stopped.value.reason is InterruptReason.NO_ROOM
+    other.release()
+
+
+@pytest.mark.parametrize("ends", ["its last step", "an interrupt", "the end of the run"])
+def test_nobody_waits_for_a_job_that_has_no_further_step(job: JobContext, ends: str) -> None:
+    left: list[Member] = []
+    job.device.leave = left.append  # type: ignore[method-assign, assignment]
+    with job.entered():
+        job.step(7, 8)
+        assert left == []
+        if ends == "its last step":
+            job.step(8, 8)
+            assert left == [job.member]
+        if ends == "an interrupt":
+            job.interrupt(InterruptReason.CANCEL)
+            assert left == [job.member]
+    assert left[-1] is job.member

@@ -6,14 +6,17 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
 
+from tests.support.chunks import GivenLimits, TellingJoint, member
+from tests.support.chunks import call as joint_call
 from tests.support.waiting import eventually
 from workers.backends.stub import StubDriver
+from workers.chunks.members import Member
 from workers.device import DeviceCall, DeviceClosed, DeviceThread
 
 TIMEOUT_S = 10.0
@@ -163,6 +166,155 @@ def test_a_device_that_cannot_be_held_says_so_at_once() -> None:
 
     with pytest.raises(RuntimeError, match="no such device"):
         DeviceThread(Broken())
+
+
+# Calls of several runs
+
+
+class Meeting:
+    """Calls of a module whose first one holds the device until the test lets it go, so that others come meanwhile."""
+
+    def __init__(self, device: DeviceThread) -> None:
+        self.joint = TellingJoint()
+        self._device = device
+        self._go = threading.Event()
+        self._first = device.submit(call(self._go.wait, TIMEOUT_S))
+        eventually(lambda: device.busy_for_s() is not None)
+
+    def submit(self, number: int, who: Member, function: Callable[..., Any] = int) -> "Future[Any]":
+        shared = joint_call("unet", function, number, joint=self.joint)
+        return self._device.submit(shared, who, denoises=True)
+
+    def begin(self) -> None:
+        self._go.set()
+        self._first.result(TIMEOUT_S)
+
+
+@pytest.fixture
+def sharing(driver: GuardedDriver) -> Iterator[DeviceThread]:
+    """A device that is known to take many rows at once, each call of which is expected to last an hour."""
+    thread = DeviceThread(driver, limits=GivenLimits(expected_s=3600.0))
+    yield thread
+    thread.close()
+
+
+def test_calls_that_wait_for_the_device_are_made_as_one(sharing: DeviceThread) -> None:
+    meeting = Meeting(sharing)
+    futures = [meeting.submit(number, member()) for number in range(5)]
+    meeting.begin()
+    assert [future.result(TIMEOUT_S) for future in futures] == [0, 1, 2, 3, 4]
+    assert meeting.joint.sizes == [5]
+
+
+def test_a_call_that_is_cancelled_while_it_waits_leaves_the_chunk(sharing: DeviceThread) -> None:
+    meeting = Meeting(sharing)
+    futures = [meeting.submit(number, member()) for number in range(3)]
+    assert futures[1].cancel()
+    meeting.begin()
+    assert [futures[0].result(TIMEOUT_S), futures[2].result(TIMEOUT_S)] == [0, 2]
+    assert meeting.joint.sizes == [2]
+
+
+def test_a_member_that_leaves_is_waited_for_no_more_from_that_moment_on(sharing: DeviceThread) -> None:
+    meeting, stays, leaves = Meeting(sharing), member(), member()
+    both = [meeting.submit(0, stays), meeting.submit(1, leaves)]
+    meeting.begin()
+    for future in both:
+        future.result(TIMEOUT_S)
+    waiting = meeting.submit(2, stays)
+    with pytest.raises(TimeoutError):
+        waiting.result(0.05)
+    sharing.leave(leaves)
+    assert waiting.result(TIMEOUT_S) == 2
+
+
+def test_what_one_of_them_raises_is_its_own(sharing: DeviceThread) -> None:
+    def burst(_: int) -> None:
+        raise ValueError("one bad member")
+
+    meeting = Meeting(sharing)
+    futures = [meeting.submit(number, member(), burst if number == 1 else int) for number in range(3)]
+    meeting.begin()
+    assert [futures[0].result(TIMEOUT_S), futures[2].result(TIMEOUT_S)] == [0, 2]
+    with pytest.raises(ValueError, match="one bad member"):
+        futures[1].result(TIMEOUT_S)
+
+
+def test_a_hold_keeps_shared_calls_out_and_says_whether_it_had_to_wait(sharing: DeviceThread) -> None:
+    first = sharing.hold()
+    assert not first.waits
+    first.mine.result(TIMEOUT_S)
+    second = sharing.hold()
+    assert second.waits
+    joint = TellingJoint()
+    futures = [sharing.submit(joint_call("unet", int, number, joint=joint), member()) for number in range(2)]
+    first.release()
+    second.mine.result(TIMEOUT_S)
+    assert not any(future.done() for future in futures)
+    second.release()
+    assert [future.result(TIMEOUT_S) for future in futures] == [0, 1]
+    assert joint.sizes == [2]
+
+
+def test_closing_while_members_are_waited_for_fails_what_waits(sharing: DeviceThread) -> None:
+    meeting, stays, leaves = Meeting(sharing), member(), member()
+    both = [meeting.submit(0, stays), meeting.submit(1, leaves)]
+    meeting.begin()
+    for future in both:
+        future.result(TIMEOUT_S)
+    waiting = meeting.submit(2, stays)
+    assert sharing.close(TIMEOUT_S)
+    with pytest.raises(DeviceClosed):
+        waiting.result(TIMEOUT_S)
+
+
+def test_the_rest_of_a_chunk_that_came_apart_is_not_made_once_the_device_is_to_be_let_go(
+    sharing: DeviceThread,
+) -> None:
+    made: list[int] = []
+    closers: list[threading.Thread] = []
+
+    def burst(_: int) -> None:
+        raise ValueError("so that each is made alone")
+
+    def close(number: int) -> None:
+        closers.append(threading.Thread(target=sharing.close))
+        closers[0].start()
+        sharing.closing.wait(TIMEOUT_S)
+        made.append(number)
+
+    meeting = Meeting(sharing)
+    functions = [burst, close, made.append]
+    futures = [meeting.submit(number, member(), function) for number, function in enumerate(functions)]
+    meeting.begin()
+    with pytest.raises(ValueError, match="each is made alone"):
+        futures[0].result(TIMEOUT_S)
+    futures[1].result(TIMEOUT_S)
+    with pytest.raises(DeviceClosed):
+        futures[2].result(TIMEOUT_S)
+    closers[0].join(TIMEOUT_S)
+    assert made == [1]
+
+
+def test_a_shared_result_does_not_live_until_the_next_call(sharing: DeviceThread) -> None:
+    class Tensor:
+        pass
+
+    alive: list[weakref.ref[Tensor]] = []
+
+    def make(_: int) -> Tensor:
+        made = Tensor()
+        alive.append(weakref.ref(made))
+        return made
+
+    meeting = Meeting(sharing)
+    futures = [meeting.submit(number, member(), make) for number in range(2)]
+    meeting.begin()
+    for future in futures:
+        future.result(TIMEOUT_S)
+    del futures, future
+    eventually(lambda: gc.collect() is not None and not any(each() for each in alive))
+    assert len(alive) == 2
 
 
 def test_the_stub_runs_where_torch_cannot_be_imported() -> None:

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
+from omnirt_tasks.contract import ExecutionMode
+from omnirt_tasks.contract.capability import ChunkMeasure
 from omnirt_tasks.errors import ModelFailed
 from omnirt_tasks.registry import ModelSpec, discover
 from omnirt_tasks.registry.spec import Option, OptionKind
 from workers.backends import DeviceInfo
-from workers.loading import ModelKey, Shelf
+from workers.loading import ModelKey, Sharing, Shelf
 
 DEVICE = DeviceInfo("cuda:0", "a card", None, ("fp32", "fp16"))
 BASE: dict[str, Any] = {"dtype": "fp16", "num_inference_steps": 4, "width": 64, "height": 64, "compile": False}
@@ -96,3 +98,26 @@ def test_a_model_that_is_not_served_here_is_told_with_the_setting_that_would_hel
     with pytest.raises(ModelFailed, match="'sdxl-turbo'") as refused:
         Shelf([], {}, DEVICE, "cuda:0").spec("sdxl-turbo")
     assert "OMNIRT_MODEL_FOLDERS" in str(refused.value)
+
+
+def test_a_models_ability_tells_whose_calls_are_shared_once_it_was_loaded_and_what_that_brought(
+    spec: ModelSpec,
+) -> None:
+    shelf = Shelf([spec], {}, DEVICE, "cpu")
+    measure = ChunkMeasure(module="unet", shape="512x512 fp16", limit=4, gain=1.5, step_ms={"1": 10.0})
+
+    def told() -> tuple[object, ...]:
+        ability = shelf.abilities(lambda _: None, lambda model: (measure,) if model == spec.id else ())[spec.id]
+        return ability.chunk_classes, ability.unchunked, ability.chunks
+
+    assert told() == ((), None, (measure,))
+    shelf.note_sharing(spec, Sharing(("UNet2DConditionModel",)))
+    assert told() == (("UNet2DConditionModel",), None, (measure,))
+    shelf.note_sharing(spec, Sharing(unchunked="Its unet takes an argument that is not known: 'depth'."))
+    assert told() == ((), "Its unet takes an argument that is not known: 'depth'.", (measure,))
+
+
+@pytest.mark.parametrize("mode", [ExecutionMode.SUBPROCESS, ExecutionMode.PERSISTENT_WORKER])
+def test_a_model_whose_jobs_hold_the_device_says_that_it_shares_nothing(spec: ModelSpec, mode: ExecutionMode) -> None:
+    shelf = Shelf([dataclasses.replace(spec, execution_mode=mode)], {}, DEVICE, "cpu")
+    assert shelf.abilities(lambda _: None)[spec.id].unchunked is not None

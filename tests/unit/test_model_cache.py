@@ -492,3 +492,26 @@ def test_whatever_is_asked_the_budget_holds_and_every_request_comes_to_its_end(
     cache.clear()
     assert cache.loaded() == {}
     assert ledger._models == {}
+
+
+def test_whoever_has_to_wait_for_room_is_told_so_once_and_again_when_there_is(pool: ThreadPoolExecutor) -> None:
+    cache: ModelCache[str, Model] = ModelCache(1)
+    told: list[str] = []
+    waits = threading.Event()
+
+    def use(key: str) -> None:
+        def wait() -> None:
+            told.append(f"{key} waits")
+            assert pool.submit(cache.loaded).result(TIMEOUT_S).keys() == {"first"}, "the cache is not locked meanwhile"
+            waits.set()
+
+        with cache.use(key, partial(Model, key), waits=wait, admitted=lambda: told.append(f"{key} is admitted")):
+            told.append(f"{key} runs")
+
+    with cache.use("first", partial(Model, "first"), waits=lambda: told.append("nobody is before it")):
+        use("first")
+        second = pool.submit(use, "second")
+        assert waits.wait(TIMEOUT_S)
+        assert told == ["first is admitted", "first runs", "second waits"]
+    second.result(TIMEOUT_S)
+    assert told[3:] == ["second is admitted", "second runs"]

@@ -14,6 +14,7 @@ from omnirt_tasks.registry import LoadRequest, ModelSpec
 from omnirt_tasks.registry.spec import Checkpointing
 from workers.context import JobContext
 from workers.host import OutputFile, RunOrder
+from workers.loading import Sharing
 
 
 def _nothing_to_end() -> None:
@@ -25,7 +26,7 @@ class LoadedModel:
     """What an executor loaded, for itself alone; `placement` maps each part to its device.
 
     `size_bytes` is what it takes of the device's memory. `close` ends what dropping it would not: processes.
-    `checkpointing` says when its runs keep their state (None: never).
+    `checkpointing` says when its runs keep their state (None: never), `sharing` which of its calls jobs share.
     """
 
     content: Any = None
@@ -33,6 +34,7 @@ class LoadedModel:
     size_bytes: int = 0
     close: Callable[[], object] = _nothing_to_end
     checkpointing: Checkpointing | None = None
+    sharing: Sharing = field(default_factory=Sharing)
 
 
 class Executor(Protocol):

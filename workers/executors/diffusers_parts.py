@@ -9,14 +9,14 @@ import logging
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from PIL import Image, ImageOps
 
-from omnirt_tasks.contract import Task
+from omnirt_tasks.contract import ResolvedRequest, Task
 from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.registry import DiffusersModel, LoadRequest, ModelSpec
 from workers.checkpoints import CheckpointWriter
@@ -98,13 +98,14 @@ class DiffusersExecutor(ABC, Generic[S]):
             assert isinstance(loaded, DiffusersModel), "what a family of this mode loads"
             components = loaded.components
             keep_in_fp32_what_overflows(loaded.by_task.values())
-            send_to_device(components, compiled=request.compile)
+            sharing = send_to_device(components, compiled=request.compile)
             tokenizers = {name: part for name, part in components.items() if name.startswith(LENT_COMPONENTS)}
             return LoadedModel(
                 self._shared(loaded, Lender(tokenizers)),
                 placement(components),
                 size_bytes=size_bytes(components),
                 checkpointing=spec.checkpointing,
+                sharing=sharing,
             )
 
     def run(self, model: LoadedModel, order: RunOrder, job: JobContext) -> tuple[OutputFile, ...]:
@@ -154,7 +155,7 @@ def call_arguments(accepted: Collection[str], order: RunOrder) -> dict[str, Any]
     """The arguments of a pipeline's call: of what the request has, those that the pipeline takes."""
     request = order.request
     config = request.config
-    count = number_of_pictures(config)
+    count = number_of_pictures(request)
     negative_prompt = request.inputs.negative_prompt
     if negative_prompt is None and "true_cfg_scale" in config:
         negative_prompt = NO_NEGATIVE_PROMPT
@@ -166,6 +167,8 @@ def call_arguments(accepted: Collection[str], order: RunOrder) -> dict[str, Any]
         "generator": _generators(order, count),
         "output_type": "pt",  # numbers, so that they are looked at before they become pixels
     }
+    if isinstance(prompts := request.inputs.prompt, tuple):
+        given |= _one_for_each_picture(prompts, negative_prompt, count)
     for name, picture in _pictures_given(order, resize="image" in accepted).items():
         # One for each picture to be made: from a single one, pipelines draw what all its pictures begin with from the
         # first seed.
@@ -173,11 +176,23 @@ def call_arguments(accepted: Collection[str], order: RunOrder) -> dict[str, Any]
     return {name: value for name, value in given.items() if name in accepted and value is not None}
 
 
-def number_of_pictures(config: JsonObject) -> int:
-    """How many pictures the job makes."""
-    count = config.get("num_images_per_prompt", 1)
+def number_of_pictures(request: ResolvedRequest) -> int:
+    """How many pictures the job makes: so many for each of its prompts."""
+    count = request.config.get("num_images_per_prompt", 1)
     assert isinstance(count, int)
-    return count
+    prompt = request.inputs.prompt
+    return count * len(prompt) if isinstance(prompt, tuple) else count
+
+
+def _one_for_each_picture(prompts: Sequence[str], negative_prompt: str | None, count: int) -> dict[str, Any]:
+    """Prompts that differ, as pipelines take them: some mix up whose pictures are whose if they are to repeat them."""
+    repeated = [prompt for prompt in prompts for _ in range(count // len(prompts))]
+    return {
+        "prompt": repeated,
+        # Some want it to be of the prompt's own kind.
+        "negative_prompt": None if negative_prompt is None else [negative_prompt] * count,
+        "num_images_per_prompt": 1,
+    }
 
 
 def _set_up_libraries() -> None:

@@ -1,11 +1,14 @@
 """Sends the calls of heavy modules to the device thread, whatever pipeline makes them.
 
 A module's method is wrapped once, on the instance, before any other hook. Inside a job the wrapper hands the call to
-the job; anywhere else (the device thread, a script) it is the method itself.
+the job, as one that others may be made with where the class of the module has a table (`workers.chunks.tables`);
+anywhere else (the device thread, a script) it is the method itself.
 """
 
 import copy
 import functools
+import inspect
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any
@@ -14,10 +17,15 @@ import torch
 from torch import nn
 
 from omnirt_tasks.errors import ModelFailed, NonFiniteOutput
-from workers.context import current_job
+from workers.chunks.calls import ChunkKey
+from workers.chunks.methods import SharedMethod
+from workers.chunks.tables import Table, Unshared, sharing_of
+from workers.context import DENOISE, current_job
 from workers.device import DeviceCall
+from workers.loading import Sharing
 
-DENOISE = "denoise"
+log = logging.getLogger(__name__)
+
 # Which stage a job is in while it calls a component, by the beginning of the component's name; others change nothing.
 STAGE_OF_COMPONENT: Mapping[str, str] = {
     "text_encoder": "encode_prompt",
@@ -32,21 +40,32 @@ DENOISERS = ("unet", "transformer")
 STAGE_OF_VAE_METHOD: Mapping[str, str] = {"encode": "encode_prompt", "decode": "decode"}
 
 
-def send_to_device(components: Mapping[str, Any], *, compiled: bool = False) -> None:
+def send_to_device(components: Mapping[str, Any], *, compiled: bool = False) -> Sharing:
     """Wrap every module among the components of a freshly loaded pipeline: once, for all jobs that share them.
 
-    `compiled` has the denoisers compiled, at their first call.
+    `compiled` has the denoisers compiled, at their first call. Gives which classes of modules have calls that jobs
+    share, and why the denoiser's are not, where they are not; what should be shared and is not is warned of too.
     """
+    classes: set[str] = set()
+    unchunked: str | None = None
     for name, component in components.items():
         if not isinstance(component, nn.Module):
             continue
         if _is_vae(component):
-            _wrap_vae(component)
+            shared = _wrap_vae(component, name)
         else:
             stage = next((stage for prefix, stage in STAGE_OF_COMPONENT.items() if name.startswith(prefix)), None)
+            sharing = sharing_of(component, component.forward, "forward")
             if compiled and name.startswith(DENOISERS):
                 component.forward = torch.compile(component.forward)
-            _wrap(component, "forward", component.forward, stage)
+                sharing = Unshared("is compiled, which another number of rows would do anew.")
+            _wrap(component, "forward", component.forward, stage, name, sharing)
+            shared = _told(sharing, name)
+            if not shared and stage == DENOISE and isinstance(sharing, Unshared):
+                unchunked = unchunked or f"Its {name} {sharing.why}"
+        if shared:
+            classes.add(type(component).__name__)
+    return Sharing(tuple(sorted(classes)), unchunked)
 
 
 def keep_in_fp32_what_overflows(pipelines: Iterable[Any]) -> None:
@@ -69,10 +88,10 @@ def own_vae(shared: Any, *, slicing: bool, tiling: bool) -> Any:
     own = copy.copy(shared)
     for method in STAGE_OF_VAE_METHOD:
         delattr(own, method)  # they are the shared one's
-    for wanted, name in ((slicing, "slicing"), (tiling, "tiling")):
-        if wanted:
-            _enable(own, name)
-    _wrap_vae(own)
+    wanted = [name for name, wish in (("slicing", slicing), ("tiling", tiling)) if wish]
+    for name in wanted:
+        _enable(own, name)
+    _wrap_vae(own, " ".join(("vae", *wanted)))  # measured for itself
     return own
 
 
@@ -98,32 +117,69 @@ def _is_vae(module: nn.Module) -> bool:
     return hasattr(module, "encode") and hasattr(module, "decode")
 
 
-def _wrap_vae(vae: Any) -> None:
+def _wrap_vae(vae: Any, name: str) -> bool:
+    """Wrap both of its methods; whether jobs share calls of either."""
     dtype = vae.dtype  # not that of the pipeline, if the VAE is kept in fp32
+    shared = False
     for method, stage in STAGE_OF_VAE_METHOD.items():
-        _wrap(vae, method, _in_dtype(dtype, getattr(vae, method)), stage)
+        original = getattr(vae, method)
+        sharing = sharing_of(vae, original, method)
+        part = f"{name}.{method}"
+        _wrap(vae, method, _in_dtype(dtype, original), stage, part, sharing)
+        shared = _told(sharing, part) or shared
+    return shared
 
 
-def _wrap(module: nn.Module, method: str, original: Callable[..., Any], stage: str | None) -> None:
-    in_job = _checked(original) if method == "decode" else original
+def _wrap(
+    module: nn.Module,
+    method: str,
+    original: Callable[..., Any],
+    stage: str | None,
+    part: str,
+    sharing: Table | Unshared,
+) -> None:
+    in_job = _calls_of(module, original, part, sharing)
 
     @functools.wraps(original)  # pipelines look into signatures
     def on_device(*args: Any, **kwargs: Any) -> Any:
         job = current_job()
         if job is None:
             return original(*args, **kwargs)
-        call = DeviceCall(module, in_job, args, kwargs)
+        call = in_job(args, kwargs)
         if stage == DENOISE and job.stand_in is not None:
             return job.stand_in(call, stage)
-        return job.on_device(call, stage)
+        result = job.on_device(call, stage)
+        if method == "decode":  # later steps clamp, and would hide it; here it is the job's own result, and no other's
+            require_finite(result[0])
+        return result
 
     setattr(module, method, on_device)
 
 
+def _calls_of(
+    module: nn.Module, function: Callable[..., Any], part: str, sharing: Table | Unshared
+) -> Callable[[tuple[Any, ...], Mapping[str, Any]], DeviceCall]:
+    if isinstance(sharing, Table):
+        return SharedMethod(module, function, part, sharing).call
+    why = f"{part} {sharing.why}"
+    return lambda args, kwargs: DeviceCall(module, function, args, kwargs, key=ChunkKey.alone(why), part=part)
+
+
+def _told(sharing: Table | Unshared, part: str) -> bool:
+    """Whether calls are shared; where they should be and are not, the log tells why."""
+    if isinstance(sharing, Unshared) and sharing.unexpected:
+        log.warning("jobs share no calls of this model's %s: it %s", part, sharing.why)
+    return isinstance(sharing, Table)
+
+
 def _in_dtype(dtype: torch.dtype, method: Callable[..., Any]) -> Callable[..., Any]:
+    first = next(iter(inspect.signature(method).parameters))
+
     @functools.wraps(method)
-    def cast(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return method(tensor.to(dtype), *args, **kwargs)
+    def cast(*args: Any, **kwargs: Any) -> Any:
+        if args:
+            return method(args[0].to(dtype), *args[1:], **kwargs)
+        return method(**{**kwargs, first: kwargs[first].to(dtype)})
 
     return cast
 
@@ -138,18 +194,6 @@ def _enable(vae: Any, name: str) -> None:
         raise ModelFailed(
             f"The model's {type(vae).__name__} knows no {name}.", f"Leave out vae_{name}, or set it to false."
         ) from error
-
-
-def _checked(decode: Callable[..., Any]) -> Callable[..., Any]:
-    """A decoder that refuses to give NaN or infinity; later steps clamp, and would hide it."""
-
-    @functools.wraps(decode)
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        result = decode(*args, **kwargs)
-        require_finite(result[0])
-        return result
-
-    return checked
 
 
 def require_finite(tensor: torch.Tensor) -> None:

@@ -90,7 +90,7 @@ def own_pipeline(shared: Any, tokenizers: Mapping[str, Any], order: RunOrder) ->
     if (guider := components.get("guider")) is not None:
         components["guider"] = _own_guider(guider, config)
     if order.request.task is Task.INPAINT:
-        components["vae"] = _vae_of_inpainting(components["vae"], number_of_pictures(config))
+        components["vae"] = _vae_of_inpainting(components["vae"], number_of_pictures(order.request))
     for name, component in components.items():
         setattr(pipeline, name, component)
     return pipeline
@@ -109,7 +109,9 @@ def _arguments(pipeline: Any, shared: SharedBlocks, order: RunOrder) -> dict[str
     inputs = shared.inputs
     given = {**shared.defaults[order.request.task], **call_arguments(inputs, order)}
     if "negative_prompt" in inputs and not pipeline.config.get("force_zeros_for_empty_prompt", False):
-        given.setdefault("negative_prompt", "")  # as classic pipelines do; some blocks guide away from nothing at all
+        # As classic pipelines do; some blocks guide away from nothing at all.
+        prompt = given.get("prompt")
+        given.setdefault("negative_prompt", [""] * len(prompt) if isinstance(prompt, list) else "")
     if "dtype" in inputs:  # else the blocks take the VAE's, which may be kept in fp32
         given["dtype"] = pipeline.unet.dtype
     return given

@@ -21,9 +21,13 @@ def picture_seed(order: RunOrder, index: int) -> int:
 
 
 def save_pictures(pictures: Sequence[Image.Image], order: RunOrder) -> tuple[OutputFile, ...]:
-    """Write each picture as PNG into the order's folder: `0.png`, `1.png`… Raises StorageError."""
+    """Write each picture as PNG into the order's folder: `0.png`, `1.png`… Raises StorageError.
+
+    Those of a part are named and numbered by their places in the whole job's result.
+    """
     outputs = []
-    for index, picture in enumerate(pictures):
+    for place, picture in enumerate(pictures):
+        index = order.first_output + place
         name = f"{index}.png"
         try:
             picture.save(order.output_dir / name, "PNG")
@@ -37,7 +41,7 @@ def save_pictures(pictures: Sequence[Image.Image], order: RunOrder) -> tuple[Out
                 mime=PNG,
                 width=picture.width,
                 height=picture.height,
-                seed=picture_seed(order, index),
+                seed=picture_seed(order, place),
             )
         )
     return tuple(outputs)

@@ -63,9 +63,15 @@ class ProgramExecutor:
             return (_exported(program, Path(command[0]).name, output, order),)
 
 
+def _prompt_of(order: RunOrder) -> str:
+    prompt = order.request.inputs.prompt or ""
+    assert isinstance(prompt, str), "only text2image takes a list of prompts"
+    return prompt
+
+
 def _written(file: Path, order: RunOrder) -> Path:
     try:
-        file.write_text(order.request.inputs.prompt or "", encoding="utf-8", errors="replace")
+        file.write_text(_prompt_of(order), encoding="utf-8", errors="replace")
     except OSError as error:
         raise StorageError("The prompt could not be written for the program.", "Its disk may be full.") from error
     return file
@@ -119,7 +125,7 @@ class _Told:
         self.flooded = False
         self._name = name
         self._job_id = order.job_id
-        self._private = _fragments(order.request.inputs.prompt or "")
+        self._private = _fragments(_prompt_of(order))
         self._too_much = too_much
         self._bytes = 0
 

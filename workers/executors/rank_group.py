@@ -67,6 +67,7 @@ class RankGroupExecutor:
         processes: GroupProcesses = model.content
         with job.device_held():
             if not processes.alive:
+                job.stage("load")
                 processes.start()
             job.stage("generate")
             outcome = processes.run(order, job)

@@ -6,6 +6,8 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw
 
@@ -13,13 +15,16 @@ from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.errors import NonFiniteOutput
 from omnirt_tasks.registry import LoadRequest, ModelSpec
 from omnirt_tasks.registry.spec import Checkpointing
+from omnirt_tasks.registry.work import count_pictures
 from workers.backends.cpu import process_peak_bytes
 from workers.checkpoints import CheckpointUnusable, CheckpointWriter, read_checkpoint
-from workers.context import JobContext
+from workers.chunks.calls import ChunkKey
+from workers.context import DENOISE, JobContext
 from workers.device import DeviceCall
 from workers.executors import LoadedModel
 from workers.executors.pictures import PNG, picture_seed, png_bytes, save_pictures
 from workers.host import OutputFile, RunOrder
+from workers.loading import Sharing
 
 log = logging.getLogger(__name__)
 
@@ -34,18 +39,17 @@ class StubExecutor:
     """Goes through a diffusion job's stages, steps and device calls, computing nothing."""
 
     def load(self, spec: ModelSpec, request: LoadRequest) -> LoadedModel:
-        return LoadedModel(content=spec.id, placement={"stub": request.device})
+        return LoadedModel(content=spec.id, placement={"stub": request.device}, sharing=Sharing(("Stub",)))
 
     def run(self, model: LoadedModel, order: RunOrder, job: JobContext) -> tuple[OutputFile, ...]:
         config = order.request.config
-        count = _integer(config, "num_images_per_prompt") or 1
+        count = count_pictures(order.request)
         total = _integer(config, "num_inference_steps") or DEFAULT_STEPS
+        size = (_integer(config, "width") or DEFAULT_SIZE_PX, _integer(config, "height") or DEFAULT_SIZE_PX)
         forward = _Forward(config, count, job.device.closing, order.attempt)
+        key = ChunkKey(f"{model.content} at {id(model):x}: {size[0]}x{size[1]}")
 
-        def on_device(stage: str, step: int | None = None) -> None:
-            job.on_device(DeviceCall(model, forward, (step,)), stage)
-
-        on_device("encode_prompt")
+        job.on_device(DeviceCall(model, _nothing), "encode_prompt")
         checkpoints = CheckpointWriter(job, Checkpointing(every_steps=_integer(config, "checkpoint_every_steps")))
         before = _steps_before(order, total)
         if before:
@@ -53,45 +57,89 @@ class StubExecutor:
         for step in range(before + 1, total + 1):
             if step == _integer(config, "stall_at_step"):
                 job.device.closing.wait(_milliseconds(config, "stall_ms", default=1000.0) / 1000)
-            on_device("denoise", step)
+            job.on_device(DeviceCall(model, forward, (step,), key=key, joint=_JOINT, rows=count, part=DENOISE), DENOISE)
             job.step(step, total, float(total - step))
             if job.wants_preview(step, total):
                 preview = _picture(order, index=0, size=(PREVIEW_SIDE_PX, PREVIEW_SIDE_PX))
                 job.preview(step, PNG, png_bytes(preview))
             checkpoints.after(step, total, str(step).encode)
-        on_device("decode")
+        job.on_device(DeviceCall(model, _nothing), "decode")
         if config.get("non_finite") is True:
             raise NonFiniteOutput("The model's output holds NaN or infinity.", "The stub was told to (non_finite).")
         job.stage("export")
-        size = (_integer(config, "width") or DEFAULT_SIZE_PX, _integer(config, "height") or DEFAULT_SIZE_PX)
         return save_pictures([_picture(order, index, size) for index in range(count)], order)
 
 
+def _nothing() -> None:
+    """What encoding and decoding take here."""
+
+
+@dataclass(frozen=True)
 class _Forward:
-    """The stub's heavy module: one call is one forward pass over `count` pictures."""
+    """The stub's heavy module for one run, with what it is told to do: one call is a forward pass of its pictures."""
 
-    def __init__(self, config: JsonObject, count: int, closing: threading.Event, attempt: int) -> None:
-        self._config = config
-        self._count = count
-        self._closing = closing
-        self._crashes = attempt <= (_integer(config, "crash_attempts") or 1)
+    config: JsonObject
+    pictures: int
+    closing: threading.Event
+    attempt: int
 
-    def __call__(self, step: int | None) -> None:
-        if step is None:
-            return
-        config = self._config
-        cost_ms = _milliseconds(config, "step_ms") + self._count * _milliseconds(config, "item_ms")
-        if cost_ms:
-            self._closing.wait(cost_ms / 1000)  # a sleep that ends with the device
+    def __call__(self, step: int) -> None:
+        _pass([(self, step)])
+
+    @property
+    def crashes(self) -> bool:
+        return self.attempt <= (_integer(self.config, "crash_attempts") or 1)
+
+
+class _StubJoint:
+    """One wait for all: the longest step of any member, and what each of their pictures adds."""
+
+    def together(self, calls: Sequence[DeviceCall]) -> Sequence[None]:
+        _pass([(_forward_of(call), call.args[0]) for call in calls])
+        return [None] * len(calls)
+
+    def halves(self, call: DeviceCall) -> tuple[DeviceCall, DeviceCall] | None:
+        forward = _forward_of(call)
+        first = forward.pictures // 2
+        if not first:
+            return None
+        smaller, larger = (
+            replace(call, function=replace(forward, pictures=pictures), rows=pictures)
+            for pictures in (first, forward.pictures - first)
+        )
+        return smaller, larger
+
+    def whole(self, first: None, second: None) -> None:
+        return None
+
+
+_JOINT = _StubJoint()
+
+
+def _forward_of(call: DeviceCall) -> _Forward:
+    assert isinstance(call.function, _Forward), "calls of this key are the stub's own"
+    return call.function
+
+
+def _pass(members: Sequence[tuple[_Forward, int]]) -> None:
+    """One forward pass of all members at their steps; what one of them is told to do befalls all that are in it."""
+    closing = members[0][0].closing
+    pictures = sum(forward.pictures for forward, _ in members)
+    cost_ms = max(_milliseconds(forward.config, "step_ms") for forward, _ in members)
+    cost_ms += sum(forward.pictures * _milliseconds(forward.config, "item_ms") for forward, _ in members)
+    if cost_ms:
+        closing.wait(cost_ms / 1000)  # a sleep that ends with the device
+    for forward, step in members:
+        config = forward.config
         fits = _integer(config, "oom_above_chunk")
-        if fits is not None and self._count > fits:
-            raise MemoryError(f"a chunk of {self._count} pictures; {fits} fit")
+        if fits is not None and pictures > fits:
+            raise MemoryError(f"a chunk of {pictures} pictures; {fits} fit")
         if step == _integer(config, "fail_at_step"):
             raise RuntimeError(f"told to fail at step {step}")
-        if step == _integer(config, "crash_at_step") and self._crashes:
+        if step == _integer(config, "crash_at_step") and forward.crashes:
             _crash(str(config.get("crash", "kill")))
         if step == _integer(config, "hang_at_step"):
-            self._closing.wait()
+            closing.wait()
 
 
 def _crash(how: str) -> None:
@@ -124,7 +172,9 @@ def _eat_memory() -> None:
 def _picture(order: RunOrder, index: int, size: tuple[int, int]) -> Image.Image:
     """Three bars on a background, all taken from the hash of the prompts and the picture's own seed."""
     inputs = order.request.inputs
-    words = "\0".join((inputs.prompt or "", inputs.negative_prompt or "", str(picture_seed(order, index))))
+    prompts = inputs.prompt if isinstance(inputs.prompt, tuple) else (inputs.prompt or "",)
+    prompt = prompts[index * len(prompts) // count_pictures(order.request)]
+    words = "\0".join((prompt, inputs.negative_prompt or "", str(picture_seed(order, index))))
     digest = hashlib.sha256(words.encode()).digest()
     width, height = size
     picture = Image.new("RGB", size, tuple(digest[:3]))

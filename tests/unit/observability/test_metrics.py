@@ -1,13 +1,15 @@
 """The metrics that dashboards rely on."""
 
 import urllib.request
+from dataclasses import dataclass
 from typing import cast
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from omnirt_tasks.contract import QueueReadiness
+from omnirt_tasks.contract import Priority, QueueReadiness
+from omnirt_tasks.contract.capability import ChunkMeasure
 from omnirt_tasks.errors import ConfigurationError, StoreUnavailable
 from omnirt_tasks.jobs.store import JobStore
 from omnirt_tasks.observability import metrics
@@ -24,6 +26,13 @@ class Store:
 
     def state_counts(self) -> Counts:
         return self._counts
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The part of a run's facts that is counted."""
+
+    batch_size_mean: float
 
 
 class Away(Store):
@@ -69,7 +78,7 @@ def test_a_scrape_tells_what_the_store_knows() -> None:
     text = gateway_text(
         store,
         {
-            "cpu-shapes": QueueReadiness(workers=1, waiting=1, running=2),
+            "cpu-shapes": QueueReadiness(workers=1, waiting=1, running=2, waiting_by_priority={Priority.LOW: 1}),
             "cuda-sdxl": QueueReadiness(workers=4, waiting=0, running=0),
         },
     )
@@ -80,7 +89,8 @@ def test_a_scrape_tells_what_the_store_knows() -> None:
     job = (("model", "shapes"), ("task", "text2image"))
     assert samples["omnirt_jobs_total", ("execution_mode", "unknown"), job[0], ("state", "queued"), job[1]] == 3
     assert samples["omnirt_jobs_total", ("execution_mode", "modular"), job[0], ("state", "succeeded"), job[1]] == 2
-    assert samples["omnirt_queue_depth", ("priority", "normal"), ("queue", "cpu-shapes")] == 1
+    assert samples["omnirt_queue_depth", ("priority", "low"), ("queue", "cpu-shapes")] == 1
+    assert samples["omnirt_queue_depth", ("priority", "normal"), ("queue", "cpu-shapes")] == 0
     assert samples["omnirt_queue_running", ("queue", "cpu-shapes")] == 2
     assert samples["omnirt_queue_workers", ("queue", "cuda-sdxl")] == 4
     assert samples["omnirt_queue_depth", ("priority", "normal"), ("queue", "cuda-sdxl")] == 0
@@ -109,6 +119,30 @@ def test_the_device_side_counts_stages_cache_hits_and_peaks() -> None:
     assert registry.get_sample_value("omnirt_stage_duration_seconds_sum", labels) == pytest.approx(0.5)
     assert registry.get_sample_value("omnirt_cache_hits_total", {"cache_type": "model"}) == 1
     assert registry.get_sample_value("omnirt_vram_peak_bytes", {"device": "cuda:0"}) == 200
+
+
+def test_the_device_side_tells_how_many_share_a_forward_pass_and_what_it_brings() -> None:
+    registry = CollectorRegistry()
+    counted = DeviceMetrics(registry)
+    small = ChunkMeasure(module="unet", shape="64x64 fp32", limit=8, gain=2.5, fill=0.75)
+    large = ChunkMeasure(module="unet", shape="512x512 fp32", limit=1, gain=1.0)
+
+    counted.chunk_shared("shapes", Facts(batch_size_mean=3.5))
+    counted.chunks_measured("shapes", (small, large))
+
+    def value(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(name, {"model": "shapes"} | labels)
+
+    at = {"module": "unet", "shape": "64x64 fp32"}
+    assert value("omnirt_chunk_size_jobs_sum") == 3.5
+    assert value("omnirt_chunk_size_jobs_bucket", le="3.0") == 0
+    assert value("omnirt_chunk_size_jobs_bucket", le="4.0") == 1
+    assert value("omnirt_chunk_limit_rows", **at) == 8
+    assert value("omnirt_chunk_gain_ratio", **at) == 2.5
+    assert value("omnirt_chunk_fill_ratio", **at) == 0.75
+    assert value("omnirt_chunk_fill_ratio", module="unet", shape="512x512 fp32") is None
+    counted.chunks_measured("shapes", (large,))
+    assert value("omnirt_chunk_limit_rows", **at) is None
 
 
 def test_a_worker_serves_its_metrics_and_stops() -> None:
