@@ -1,11 +1,12 @@
 """Requests without braces: `requests.text2image(model="shapes", prompt="a red star", preset="fast", seed=7)`.
 
 A keyword argument that is an input of the contract becomes one, one that is a field of GenerateRequest (`backend`,
-`tags`, `metadata`…) becomes that, and every other goes to `config`. An image, mask or audio is a data URL,
+`priority`, `tags`…) becomes that, and every other goes to `config`. An image, mask or audio is a data URL,
 `upload:ID`, `artifact:JOB/NAME`, or the path of a local file. Each raises ValidationFailed for a wrong type.
 """
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from omnirt_tasks.contract import GenerateRequest, Inputs, Task
@@ -17,8 +18,8 @@ _INPUTS = frozenset(Inputs.model_fields)
 _FIELDS = frozenset(GenerateRequest.model_fields) - {"inputs", "config"}
 
 
-def text2image(*, model: str, prompt: str, **options: Any) -> GenerateRequest:
-    """A picture from words."""
+def text2image(*, model: str, prompt: str | Sequence[str], **options: Any) -> GenerateRequest:
+    """A picture from words, or of a list of prompts one (or `num_images_per_prompt`) from each."""
     return build(Task.TEXT2IMAGE, model=model, prompt=prompt, **options)
 
 
@@ -70,9 +71,16 @@ def build(task: Task, **arguments: Any) -> GenerateRequest:
     for name, value in arguments.items():
         if name in _INPUTS:
             if value is not None:
-                inputs[name] = os.fspath(value) if isinstance(value, os.PathLike) else value
+                inputs[name] = _plain(value)
         elif name in _FIELDS:
             fields[name] = value
         else:
             config[name] = value
     return parse_request(fields | {"inputs": inputs, "config": config})
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return list(value) if isinstance(value, tuple) else value

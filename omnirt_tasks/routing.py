@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from omnirt_tasks.contract import AUTO, TAG_MARK, Backend, ModelAbility, Problem, ResolvedRequest, WorkerCapability
-from omnirt_tasks.errors import BackendUnsupported, ConfigurationError, InsufficientMemory
+from omnirt_tasks.errors import BackendUnsupported, ConfigurationError
 from omnirt_tasks.registry import footprint
 from omnirt_tasks.registry.options import ANY_DEVICE
 from omnirt_tasks.registry.spec import ModelSpec
+from omnirt_tasks.room import lack_of_memory
 from omnirt_tasks.validation.findings import Finding, listed
 
 # What a backend computes in while no worker says it: half precision on a CPU is emulated, slowly.
@@ -271,7 +272,7 @@ def _judged(worker: WorkerCapability, request: ResolvedRequest, spec: ModelSpec)
         *_check_limits(worker, ability, request),
         *_check_features(worker, request),
     ]
-    lack = _lack_of_memory(worker, ability, request, spec)
+    lack = lack_of_memory(worker, ability, request, spec)
     if lack is None:
         return Judgement(worker.device, tuple(findings), seconds_per_unit=ability.seconds_per_unit)
     lacking_bytes, finding = lack
@@ -325,24 +326,6 @@ def _check_features(worker: WorkerCapability, request: ResolvedRequest) -> Itera
         if request.config.get(option) is True and option not in worker.features:
             told = f"No live worker can {option}: {worker.device} has not what it takes. Leave {option} out."
             yield Finding(Problem(loc=f"config.{option}", rule="supported", message=told))
-
-
-def _lack_of_memory(
-    worker: WorkerCapability, ability: ModelAbility, request: ResolvedRequest, spec: ModelSpec
-) -> tuple[int, Finding] | None:
-    """How many bytes more the run needs than the worker may give it, and the words for it."""
-    dtype = str(request.config.get("dtype", footprint.FALLBACK_DTYPE))
-    weights_bytes = ability.weights_bytes.get(dtype)
-    if weights_bytes is None or worker.memory_budget_bytes is None:
-        return None
-    working_bytes = footprint.run_working_bytes(ability, spec.tasks[request.task], request)
-    needed_bytes = footprint.needed_bytes(weights_bytes, working_bytes)
-    if needed_bytes <= worker.memory_budget_bytes:
-        return None
-    told = footprint.insufficient_memory(weights_bytes, working_bytes, worker.memory_budget_bytes, request)
-    error = InsufficientMemory(f"The device {worker.device} is too small in {dtype}. {told.message}", told.hint)
-    lacking_bytes = needed_bytes - worker.memory_budget_bytes
-    return lacking_bytes, Finding(Problem(loc="config", rule="memory", message=str(error)), error)
 
 
 # Devices

@@ -1,7 +1,7 @@
 """The one way in which a job is accepted, whatever door it came through.
 
     check: validate ─► look up inputs ─► route           /v1/validate stops here, and nothing is written
-    submit: check ─► keep inputs ─► record ─► message
+    submit: check ─► keep inputs ─► split ─► record ─► message, or one for each part
     submit_once: came before? ─► submit                  under a key of the caller's, which stands for one job
 
 A job is accepted once its record is written; a message that could not be sent is sent by the reconciler.
@@ -27,9 +27,13 @@ from omnirt_tasks.errors import (
     ValidationFailed,
 )
 from omnirt_tasks.jobs.fleet import LiveWorkers
-from omnirt_tasks.jobs.store import Idempotency, JobStore, NewJob, StoredJob
+from omnirt_tasks.jobs.store import Idempotency, JobStore, NewJob, StoredJob, WakeUp
 from omnirt_tasks.registry.catalog import Catalog
+from omnirt_tasks.registry.spec import ModelSpec
+from omnirt_tasks.registry.work import count_pictures
+from omnirt_tasks.room import pictures_that_fit
 from omnirt_tasks.routing import Route, choose, judge, settle
+from omnirt_tasks.splitting import pictures_per_part, split
 from omnirt_tasks.uploads import UploadStorage
 from omnirt_tasks.validation import DATA_URL, Door, Finding, Resolution, failure, parse_request, resolve
 
@@ -48,18 +52,20 @@ class Submitted:
 class Submission:
     """Accepts jobs. Holds no state of its own, so threads share it.
 
-    `send` puts a message (job id, queue) on the broker; it may raise StoreUnavailable. `queue_limit` bounds how many
-    jobs wait in one queue. For `idempotency_ttl_s` a caller's key stands for the job that it came with.
+    `send` puts a message on the broker; it may raise StoreUnavailable. `queue_limit` bounds how many jobs wait in one
+    queue. For `idempotency_ttl_s` a caller's key stands for the job that it came with. No part of a job that is split
+    has more than `max_batch_size` pictures (None: as many as share a forward pass well, as the workers measured).
     """
 
     store: JobStore
     catalog: Catalog
     fleet: LiveWorkers
     uploads: UploadStorage
-    send: Callable[[str, str], None]
+    send: Callable[[WakeUp], None]
     door: Door
     queue_limit: int | None = None
     idempotency_ttl_s: float = 24 * 3600
+    max_batch_size: int | None = None
 
     def check(self, request: GenerateRequest, owner: str) -> Resolution:
         """Everything that can be told of a request without writing: what will run, or every problem at once."""
@@ -114,9 +120,11 @@ class Submission:
         resolution, chosen = self._check(request, owner)
         if chosen is None:
             raise failure(resolution.findings)
-        resolved, _ = resolution.unwrap()
+        resolved, spec = resolution.unwrap()
+        settled = settle(resolved, chosen)
+        part_pictures = self._pictures_per_part(settled, spec, chosen)  # it may raise, so before anything is kept
         job_id = str(uuid.uuid4())
-        kept = self._keep_inputs(resolved, owner, job_id)
+        kept = self._keep_inputs(settled, owner, job_id)
         written = request.model_dump(mode="json")
         written["inputs"] |= kept.inputs.model_dump(include=MEDIA_INPUTS.keys() & request.inputs.keys())
         new = NewJob(
@@ -124,10 +132,11 @@ class Submission:
             owner=owner,
             queue=chosen.queue,
             request=written,
-            resolved=settle(kept, chosen),
+            resolved=kept,
             trace_id=trace_id,
             traceparent=traceparent,
             idempotency=idempotency,
+            parts=split(kept, part_pictures),
         )
         try:
             job = self.store.create(new, queue_limit=self.queue_limit)
@@ -142,11 +151,21 @@ class Submission:
             self._drop_inputs(job_id, kept.inputs)
             return Submitted(job, replayed=True)
         try:
-            self.send(new.id, new.queue)
+            for wake_up in job.wake_ups:
+                self.send(wake_up)
         except StoreUnavailable as error:
             # Accepted all the same: the record is written, and the reconciler sends what has no message.
-            log.warning("job %s: the message waits for the reconciler: %s", new.id, error)
+            log.warning("job %s: what was not sent waits for the reconciler: %s", new.id, error)
         return Submitted(job, replayed=False)
+
+    def _pictures_per_part(self, request: ResolvedRequest, spec: ModelSpec, chosen: Route) -> int:
+        """How many pictures of the request are run as one, if it is split. Raises StoreUnavailable."""
+        if count_pictures(request) == 1:
+            return 1
+        fleet = self.fleet.live()
+        limits = (self.max_batch_size, spec.max_batch_size, pictures_that_fit(request, spec, chosen.queue, fleet))
+        limit = min(filter(None, limits), default=None)
+        return pictures_per_part(fleet, chosen.queue, request, limit)
 
     def _check(self, request: GenerateRequest, owner: str) -> tuple[Resolution, Route | None]:
         resolution = resolve(request, self.catalog, door=self.door)
@@ -194,7 +213,7 @@ class Submission:
         except JobNotFound:
             raise missing from None
         result = job.record.result
-        if job.owner != owner or job.record.state is not JobState.SUCCEEDED or result is None:
+        if job.owner != owner or job.part is not None or job.record.state is not JobState.SUCCEEDED or result is None:
             raise missing
         for artifact in result.outputs:
             if artifact.name == name:

@@ -33,9 +33,9 @@ def job_url(job_id: str) -> str:
 
 
 def own_job(job_id: str, owner: str) -> StoredJob:
-    """The owner's job. Raises JobNotFound, for another owner's too, in the same words."""
+    """The owner's job. Raises JobNotFound, for another owner's and for a part of one too, in the same words."""
     job = services().store.get(job_id)
-    if job.owner != owner:
+    if job.owner != owner or job.part is not None:
         raise unknown_job(job_id)
     return job
 

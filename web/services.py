@@ -28,6 +28,7 @@ from omnirt_tasks.tasks import send_job
 from omnirt_tasks.uploads import UploadStorage
 from omnirt_tasks.validation import Door
 from web.auth import Gate, load_keys, make_gate
+from web.expectations import Expectations
 from web.publishing import publish_cheaply
 from web.recent import RecentCheck, RecentFleet
 from web.slots import Slots
@@ -61,6 +62,7 @@ class Services:
     stores: Stores
     celery: Celery
     check_writes: Callable[[], None]
+    expectations: Expectations
 
     def start(self) -> None:
         """Start the threads that work beside requests. Call it once, in the process that serves."""
@@ -88,16 +90,28 @@ class Services:
             name = plain_name(queue)
             depths[name] = depths.get(name, QueueDepth(0, 0)) + self.store.depth(queue)
         return {
-            name: QueueReadiness(workers=workers[name], waiting=depth.waiting, running=depth.running)
+            name: QueueReadiness(
+                workers=workers[name],
+                waiting=depth.waiting,
+                running=depth.running,
+                waiting_by_priority=dict(depth.by_priority),
+            )
             for name, depth in sorted(depths.items())
         }
 
     def queue_status(self, job: StoredJob) -> QueueStatus:
-        """Where a queued job waits. Raises StoreUnavailable."""
+        """Where a queued job waits, and how long it may take. Raises StoreUnavailable."""
         model = job.resolved.model
-        workers = sum(job.queue in worker.queues and model in worker.models for worker in self.fleet.live())
+        workers = [worker for worker in self.fleet.live() if job.queue in worker.queues and model in worker.models]
         position = self.store.position(job.record.id) if job.position is None else job.position
-        return QueueStatus(name=job.queue, workers=workers, position=position)
+        eta = None if position is None else self.expectations.eta(job, position, workers)
+        return QueueStatus(
+            name=job.queue,
+            workers=len(workers),
+            position=position,
+            eta_s=None if eta is None else round(eta.p50_s, 3),
+            eta_p90_s=None if eta is None else round(eta.p90_s, 3),
+        )
 
 
 def services() -> Services:
@@ -134,6 +148,7 @@ def build(settings: Settings, tracer: tracing.Tracing | None = None) -> Services
             door=Door(allow_stub=settings.allow_stub, disabled_tiers=settings.disabled_tiers),
             queue_limit=settings.queue_limit,
             idempotency_ttl_s=settings.idempotency_ttl_s,
+            max_batch_size=settings.max_batch_size,
         ),
         gate=make_gate(load_keys(settings.api_keys_file), settings.allowed_origins),
         streams=Slots(per_owner=settings.max_streams_per_key, total=settings.max_streams, what="streams"),
@@ -143,6 +158,7 @@ def build(settings: Settings, tracer: tracing.Tracing | None = None) -> Services
         stores=stores,
         celery=celery,
         check_writes=RecentCheck(partial(_write, stores)),  # anybody may ask for it, and it reaches the disk
+        expectations=Expectations(stores.jobs),
     )
 
 

@@ -50,6 +50,13 @@ IDEMPOTENCY_KEY = Parameter(
     where="header",
 )
 
+SUBMIT_NOTES = (
+    "For text2image `inputs.prompt` may be a list of prompts, each of which gets `config.num_images_per_prompt` "
+    "pictures, in order. A job for several pictures may run in parts, on several devices: it has one record, one "
+    "progress, one cancel and one result all the same, and picture i is the one that the job's seed plus i gives alone."
+)
+"""What is said of every route that submits."""
+
 SUBMIT_ERRORS = (
     InvalidJson,
     ValidationFailed,

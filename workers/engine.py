@@ -1,9 +1,10 @@
 """OmniEngine: jobs in this process, with no Redis, no Celery and no gateway.
 
-submit ─► Submission (store in memory) ─► a pool of threads ─► AttemptRunner ─► ThreadHost
+submit ─► Submission (store in memory) ─► a line and a pool of threads ─► AttemptRunner ─► ThreadHost
                                              └─◄ Reconciler: what waited for its retry
 """
 
+import itertools
 import logging
 import shutil
 import tempfile
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from queue import PriorityQueue
 from time import monotonic
 from typing import Self
 
@@ -25,18 +27,17 @@ from omnirt_tasks.contract import (
     GenerateRequest,
     JobRecord,
     JobState,
-    WorkerCapability,
 )
 from omnirt_tasks.errors import BackendUnsupported, ConfigurationError, Internal, JobTimeout, OmnirtError
-from omnirt_tasks.jobs.fleet import MemoryFleet
+from omnirt_tasks.jobs.effects import RANKS
 from omnirt_tasks.jobs.housekeeping import everyones_turn
 from omnirt_tasks.jobs.memory import MemoryJobStore
 from omnirt_tasks.jobs.memory_feed import MemoryFeed
 from omnirt_tasks.jobs.reconciler import Reconciler
-from omnirt_tasks.jobs.store import Claim, Failed, JobQuery, Lease, StoredJob
+from omnirt_tasks.jobs.store import Claim, Failed, JobQuery, Origin, StoredJob, WakeUp
 from omnirt_tasks.jobs.watch import wait_finished, watch
 from omnirt_tasks.registry import Catalog, discover
-from omnirt_tasks.routing import parse_queue, queues_served, worker_tags
+from omnirt_tasks.routing import parse_queue
 from omnirt_tasks.settings import Settings, load_settings
 from omnirt_tasks.submission import Submission
 from omnirt_tasks.uploads import UploadStorage
@@ -44,6 +45,7 @@ from omnirt_tasks.validation import Door
 from workers.attempts import AttemptRunner
 from workers.backends import driver
 from workers.host import DeviceHost
+from workers.own_fleet import OwnFleet
 from workers.plan import Plan, plan_for_backend
 from workers.thread_host import ThreadHost
 
@@ -53,20 +55,20 @@ NOBODY = ""  # the owner of every job here
 WORKER_ID = "engine"
 LEASE_TTL_S = 60.0  # nobody else could take a job
 RECORD_TTL_S = 24 * 3600.0
-FOREVER_MS = 100 * 365 * 24 * 3600 * 1000
 LONG_S = 365 * 24 * 3600.0
 CLOSE_TIMEOUT_S = 10.0
+BATCH_WINDOW_MS_MAX = 60_000
 RECONCILE_EVERY_S = 0.25
 
 
 class OmniEngine:
     """Runs jobs in this process; models stay loaded between them. Safe to share between threads.
 
-    `max_concurrency` jobs run at once, and `pipeline_cache_size` models stay loaded per device. `backend` is "auto" for
-    whatever this host has, or the only one to use. Outputs are files in `output_dir`, or in a temporary folder that
-    goes with the engine. `batch_window_ms` and `max_batch_size` bound the merging of jobs into one forward pass; no
-    executor merges yet, so every job still runs alone. `settings` are this process's own by default: the folders of
-    models, limits and previews come from there.
+    `max_concurrency` jobs, or parts of one, run at once, and `pipeline_cache_size` models stay loaded per device.
+    `backend` is "auto" for whatever this host has, or the only one to use. Outputs are files in `output_dir`, or in a
+    temporary folder that goes with the engine. At most `max_batch_size` jobs share a forward pass (None: as many as
+    pays, as measured; 1: none do), the first of which waits `batch_window_ms` for others; more join later.
+    `settings` are this process's own by default: the folders of models, limits and previews come from there.
 
     A device is taken when the first job for it comes. Raises ConfigurationError for a backend that is not here.
     """
@@ -75,19 +77,18 @@ class OmniEngine:
         self,
         max_concurrency: int = 2,
         batch_window_ms: float = 0,
-        max_batch_size: int = 1,
+        max_batch_size: int | None = None,
         pipeline_cache_size: int = 2,
         backend: str = AUTO,
         *,
         output_dir: Path | str | None = None,
         settings: Settings | None = None,
     ) -> None:
-        if max_concurrency < 1 or max_batch_size < 1 or pipeline_cache_size < 1 or batch_window_ms < 0:
-            raise ConfigurationError(
-                "max_concurrency, max_batch_size and pipeline_cache_size are at least 1, batch_window_ms at least 0."
-            )
+        _check_bounds(max_concurrency, batch_window_ms, max_batch_size, pipeline_cache_size)
         self._settings = settings if settings is not None else load_settings()
         self._max_concurrency = max_concurrency
+        self._batch_window_ms = batch_window_ms
+        self._max_batch_size = max_batch_size
         self._pipeline_cache_size = pipeline_cache_size
         self._plans = self._plans_for(backend)
         self._own_dir = Path(tempfile.mkdtemp(prefix="omnirt-engine-"))
@@ -99,18 +100,25 @@ class OmniEngine:
             max_bytes=self._settings.max_upload_bytes,
             max_pixels=self._settings.max_image_pixels,
         )
-        self._store = MemoryJobStore(job_ttl_s=RECORD_TTL_S, deaths_max=self._settings.deaths_max)
+        self._store = MemoryJobStore(
+            job_ttl_s=RECORD_TTL_S,
+            deaths_max=self._settings.deaths_max,
+            promote_after_s=self._settings.promote_after_s,
+        )
         self._feed = MemoryFeed(self._store)
         self._feed.on_cancel(self._interrupt)
         self._catalog = self._catalog_of_plans()
+        self._fleet = OwnFleet(WORKER_ID, self._plans.values(), tags=self._settings.tags, concurrency=max_concurrency)
         self._submission = Submission(
             store=self._store,
             catalog=self._catalog,
-            fleet=self._fleet(),
+            fleet=self._fleet,
             uploads=self._uploads,
             send=self._send,
             door=Door(),
+            max_batch_size=max_batch_size,
         )
+        self._line = _Line()
         self._pool = ThreadPoolExecutor(max_concurrency, thread_name_prefix="omnirt-engine")
         self._taking = threading.Lock()  # guards the devices, and is held while one is taken
         self._devices: dict[str, tuple[DeviceHost, AttemptRunner]] = {}
@@ -220,50 +228,35 @@ class OmniEngine:
             for spec in discover()
         )
 
-    def _fleet(self) -> MemoryFleet:
-        """What this host could run, as workers of its own, so that routing prefers it."""
-        fleet = MemoryFleet()
-        for plan in self._plans.values():
-            probed, device = driver(plan.backend), f"{plan.backend}:0"
-            capability = WorkerCapability(
-                worker_id=f"{WORKER_ID}-{plan.backend}",
-                backend=plan.backend,
-                device=device,
-                queues=queues_served(plan.queues, worker_tags(self._settings.tags, device)),
-                models=tuple(spec.id for spec in plan.models),
-                concurrency=self._max_concurrency,
-                tags=self._settings.tags,
-                dtypes=probed.probe()[0].dtypes,
-                features=probed.features(),
-            )
-            fleet.publish(capability, ttl_ms=FOREVER_MS)
-        return fleet
-
-    def _send(self, job_id: str, queue: str) -> None:
-        if not self._take(job_id, queue):
+    def _send(self, wake_up: WakeUp) -> None:
+        if not self._take(wake_up):
             raise _closed_engine()
 
-    def _again(self, job_id: str, queue: str) -> None:
-        self._take(job_id, queue)
+    def _again(self, wake_up: WakeUp) -> None:
+        self._take(wake_up)
 
-    def _take(self, job_id: str, queue: str) -> bool:
-        """Give the job to the pool; false, and it is cancelled, once the engine is closed."""
+    def _take(self, wake_up: WakeUp) -> bool:
+        """Put the job in the line for the pool; false, and it is cancelled, once the engine is closed."""
         with self._closing:
             if not self._closed:
-                self._pool.submit(self._run, job_id, parse_queue(queue).backend)
+                self._line.put(wake_up)
+                self._pool.submit(self._run_first)
                 return True
-        self._store.cancel(job_id)
+        part = self._store.get(wake_up.job_id).part
+        self._store.cancel(wake_up.job_id if part is None else part.job_id)
         return False
 
-    def _run(self, job_id: str, backend: str) -> None:
+    def _run_first(self) -> None:
+        wake_up = self._line.take()
         try:
-            runner = self._runner(backend)
-            end = runner.run(job_id) if runner is not None else None
+            runner = self._runner(parse_queue(wake_up.queue).backend)
+            end = runner.run(wake_up.job_id) if runner is not None else None
             if end is not None and end.to_send:
-                self._again(job_id, end.job.queue)
+                for again in end.job.wake_ups:
+                    self._again(again)
         except Exception as error:  # the boundary of the pool's thread: the job must still end
-            logger.exception("Job %s could not be begun.", job_id)
-            self._fail(job_id, error)
+            logger.exception("Job %s could not be begun.", wake_up.job_id)
+            self._fail(wake_up.job_id, error)
 
     def _fail(self, job_id: str, error: Exception) -> None:
         known = error if isinstance(error, OmnirtError) else Internal("The job could not be begun; the log has why.")
@@ -277,6 +270,7 @@ class OmniEngine:
                 return None
             if backend not in self._devices:
                 self._devices[backend] = self._take_device(self._plans[backend])
+                self._fleet.has_taken(backend, self._devices[backend][0])
             return self._devices[backend][1]
 
     def _take_device(self, plan: Plan) -> tuple[DeviceHost, AttemptRunner]:
@@ -287,6 +281,8 @@ class OmniEngine:
             cache_size=self._pipeline_cache_size,
             concurrency=self._max_concurrency,
             memory_budget_bytes=self._settings.memory_budget_bytes,
+            max_batch_size=self._max_batch_size,
+            batch_window_ms=self._batch_window_ms,
         )
         runner = AttemptRunner(
             store=self._store,
@@ -305,8 +301,8 @@ class OmniEngine:
         )
         return host, runner
 
-    def _address(self, lease: Lease, name: str) -> tuple[str, str | None]:
-        return str(self._artifacts.local_path(lease.job_id, lease.attempt, name)), None
+    def _address(self, _job_id: str, origin: Origin, name: str) -> tuple[str, str | None]:
+        return str(self._artifacts.local_path(origin.job_id, origin.attempt, name)), None
 
     def _interrupt(self, job_id: str) -> None:
         for _, runner in list(self._devices.values()):
@@ -324,8 +320,42 @@ class OmniEngine:
 
     def _remove_files(self, job: StoredJob) -> None:
         if self._output_dir is None:  # files in a folder of the caller's are the caller's
-            self._artifacts.remove_job(job.record.id)
+            for job_id in (job.record.id, *job.parts):
+                self._artifacts.remove_job(job_id)
         self._uploads.remove_inputs(job.record.id, job.resolved.inputs)
+
+
+class _Line:
+    """What waits for a thread of the pool: the higher priority first, and of those the one that came first."""
+
+    def __init__(self) -> None:
+        self._waiting: PriorityQueue[tuple[int, int, WakeUp]] = PriorityQueue()
+        self._numbers = itertools.count()
+
+    def put(self, wake_up: WakeUp) -> None:
+        """Let it wait."""
+        self._waiting.put((RANKS[wake_up.priority], next(self._numbers), wake_up))
+
+    def take(self) -> WakeUp:
+        """The first, which is in the line no more. As often as `put`, before or after."""
+        _, _, wake_up = self._waiting.get()
+        return wake_up
+
+
+def _check_bounds(
+    max_concurrency: int, batch_window_ms: float, max_batch_size: int | None, pipeline_cache_size: int
+) -> None:
+    """Raises ConfigurationError for a number that is too small, or no number."""
+    at_least_one = {
+        "max_concurrency": max_concurrency,
+        "max_batch_size": 1 if max_batch_size is None else max_batch_size,
+        "pipeline_cache_size": pipeline_cache_size,
+    }
+    for name, value in at_least_one.items():
+        if value < 1:
+            raise ConfigurationError(f"{name} is {value}.", "Use 1 or more.")
+    if not 0 <= batch_window_ms <= BATCH_WINDOW_MS_MAX:  # NaN is not either
+        raise ConfigurationError(f"batch_window_ms is {batch_window_ms}.", f"Use 0 to {BATCH_WINDOW_MS_MAX}.")
 
 
 def _closed_engine() -> ConfigurationError:

@@ -76,7 +76,10 @@ def list_jobs(state: str | None, model: str | None, dead: bool, limit: int, url:
 @url_option
 @json_option
 def show(job_id: str, url: str | None, as_json: bool) -> None:
-    """Show one job."""
+    """Show one job: its state, priority and place in line, when it may be done, its parts if it was split, its result.
+
+    Times are seconds from now (`eta_s` in half of all cases, `eta_p90_s` in nine of ten) and Unix milliseconds.
+    """
     with client_of(url) as client:
         job = client.job(job_id)
     if as_json:
@@ -164,9 +167,17 @@ def _each(job_ids: Sequence[str], act: Callable[[str], Told], words: Callable[[T
 def _progress(job: JobRecord) -> str:
     if job.progress is not None:
         return f"{job.progress.step}/{job.progress.total}"
-    if job.queue is not None and job.queue.position is not None:
-        return f"place {job.queue.position}"
-    return ""
+    if job.queue is None or job.queue.position is None:
+        return ""
+    place = f"place {job.queue.position}"
+    return place if job.queue.eta_s is None else f"{place}, {_duration(job.queue.eta_s)}"
+
+
+def _duration(duration_s: float) -> str:
+    """About how long, as people say it."""
+    if duration_s < 100:
+        return f"~{duration_s:.0f} s"
+    return f"~{duration_s / 60:.0f} min" if duration_s < 6_000 else f"~{duration_s / 3600:.0f} h"
 
 
 def _time(at_ms: int) -> str:

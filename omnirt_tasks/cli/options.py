@@ -8,7 +8,7 @@ import click
 
 from omnirt_tasks.cli.exits import JSON_WANTED
 from omnirt_tasks.client import Client
-from omnirt_tasks.contract import AUTO, Backend, GenerateRequest, Task
+from omnirt_tasks.contract import AUTO, Backend, GenerateRequest, Priority, Task
 from omnirt_tasks.settings import Settings, load_settings
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -60,7 +60,13 @@ _REQUEST_OPTIONS = (
     click.option(
         "--task", type=click.Choice([task.value for task in Task]), help="By default what the inputs suggest."
     ),
-    click.option("--prompt", metavar="TEXT", help="What is wanted, in words."),
+    click.option(
+        "--prompt",
+        "prompts",
+        multiple=True,
+        metavar="TEXT",
+        help="What is wanted, in words; repeatable, for pictures of each.",
+    ),
     click.option("--negative-prompt", metavar="TEXT", help="What is not wanted."),
     click.option("--image", metavar="FILE", help="A picture: a file, a data URL, upload:ID or artifact:JOB/NAME."),
     click.option("--mask", metavar="FILE", help="The part to make anew, white on black."),
@@ -68,6 +74,7 @@ _REQUEST_OPTIONS = (
     click.option("--preset", metavar="NAME", help="fast, balanced, quality or low-vram."),
     click.option("--seed", type=int, help="The picture's number; random by default, and told."),
     click.option("--steps", type=int, help="Denoising steps (num_inference_steps)."),
+    click.option("-n", "--count", type=int, help="Pictures of each prompt (num_images_per_prompt)."),
     click.option(
         "--set",
         "config",
@@ -81,6 +88,13 @@ _REQUEST_OPTIONS = (
         type=click.Choice([AUTO, *(backend.value for backend in Backend)]),
         default=AUTO,
         show_default=True,
+    ),
+    click.option(
+        "--priority",
+        type=click.Choice([priority.value for priority in Priority]),
+        default=Priority.NORMAL.value,
+        show_default=True,
+        help="Which jobs go first.",
     ),
     click.option("--tag", "tags", multiple=True, metavar="TAG", help="A tag that the worker must have; repeatable."),
     click.option(
@@ -104,7 +118,7 @@ def request_from(
     *,
     model: str,
     task: str | None,
-    prompt: str | None,
+    prompts: tuple[str, ...],
     negative_prompt: str | None,
     image: str | None,
     mask: str | None,
@@ -112,22 +126,25 @@ def request_from(
     preset: str | None,
     seed: int | None,
     steps: int | None,
+    count: int | None,
     config: dict[str, Any],
     backend: str,
+    priority: str,
     tags: tuple[str, ...],
     deadline_s: float | None,
 ) -> GenerateRequest:
     """The request that the options say. Raises ValidationFailed for one that has not even the right shape."""
+    from omnirt_tasks.registry.options import COUNT_OPTION
     from omnirt_tasks.validation import parse_request
 
     inputs = {
-        "prompt": prompt,
+        "prompt": list(prompts) if len(prompts) > 1 else next(iter(prompts), None),
         "negative_prompt": negative_prompt,
         "image": image,
         "mask": mask,
         "audio": audio,
     }
-    named = {"preset": preset, "seed": seed, "num_inference_steps": steps}
+    named = {"preset": preset, "seed": seed, "num_inference_steps": steps, COUNT_OPTION: count}
     return parse_request(
         {
             "task": task or _suggested(image=image, mask=mask, audio=audio),
@@ -135,6 +152,7 @@ def request_from(
             "backend": backend,
             "inputs": {name: value for name, value in inputs.items() if value is not None},
             "config": config | {name: value for name, value in named.items() if value is not None},
+            "priority": priority,
             "tags": list(tags),
             "deadline_s": deadline_s,
         }

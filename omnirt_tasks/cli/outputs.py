@@ -37,9 +37,11 @@ def save_outputs(job: JobRecord, output: Path, fetch: Fetch) -> list[Path]:
 
 
 def friendly_name(job: JobRecord, artifact: Artifact) -> str:
-    """A file name that says what is in it: the prompt's words, or the model, and the seed."""
+    """A file name that says what is in it: the words of its prompt, or the model, and the seed."""
     inputs = job.request.get("inputs")
     prompt = inputs.get("prompt") if isinstance(inputs, dict) else None
+    if isinstance(prompt, list):  # as many outputs of each, in order
+        prompt = prompt[artifact.index * len(prompt) // len(result_of(job).outputs)]
     words = prompt if isinstance(prompt, str) else str(job.request.get("model", ""))
     slug = re.sub(r"[^a-z0-9]+", "-", words.lower())[:SLUG_CHARS].strip("-") or "output"
     number = artifact.index if artifact.seed is None else artifact.seed

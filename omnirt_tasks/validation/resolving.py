@@ -22,13 +22,13 @@ from omnirt_tasks.contract import (
 from omnirt_tasks.errors import BackendUnsupported, ModelNotFound, ModelTierDisabled, StubDisabled
 from omnirt_tasks.registry import presets
 from omnirt_tasks.registry.catalog import Catalog
+from omnirt_tasks.registry.options import COUNT_OPTION
 from omnirt_tasks.registry.spec import SEED_MAX, ModelSpec, Option, OptionKind, TaskSpec
 from omnirt_tasks.validation.findings import Finding, failure, listed, shown, unknown_field
+from omnirt_tasks.validation.texts import PROMPT, TEXTS, check_pictures, check_prompts, count_prompts, text_problem
 
-PROMPT_CHARS_MAX = 8_000
 DRAWN_SEED_MAX = 2**32 - 1  # a drawn seed stays short enough to be typed again
 
-_TEXTS = ("prompt", "negative_prompt", "reference_text")
 _REFERENCE = re.compile(
     r"upload:[A-Za-z0-9][A-Za-z0-9-]{0,63}|artifact:[A-Za-z0-9-]{1,64}/[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 )
@@ -79,7 +79,7 @@ def resolve(request: GenerateRequest, catalog: Catalog, *, door: Door) -> Resolu
         told = f"{spec.id} does not do {request.task}; it does {', '.join(spec.tasks)}."
         findings.append(Finding(Problem(loc="task", rule="choice", message=told)))
         return Resolution(None, spec, tuple(findings))
-    findings += [Finding(problem) for problem in _check_inputs(request.inputs, task)]
+    findings += [Finding(problem) for problem in _check_inputs(request, task)]
     config, problems = _resolve_config(request, task)
     findings += [Finding(problem) for problem in problems]
     if findings:
@@ -120,7 +120,8 @@ def _check_place(request: GenerateRequest, spec: ModelSpec, door: Door) -> Itera
         yield Finding(Problem(loc="backend", rule="supported", message=str(unsupported)), unsupported)
 
 
-def _check_inputs(inputs: Mapping[str, object], task: TaskSpec) -> Iterable[Problem]:
+def _check_inputs(request: GenerateRequest, task: TaskSpec) -> Iterable[Problem]:
+    inputs = request.inputs
     allowed = (*task.required_inputs, *task.optional_inputs)
     for name in task.required_inputs:
         if inputs.get(name) is None:
@@ -129,14 +130,16 @@ def _check_inputs(inputs: Mapping[str, object], task: TaskSpec) -> Iterable[Prob
     for name, value in inputs.items():
         if name not in allowed:
             yield unknown_field("inputs", name, allowed)
+        elif name == PROMPT and isinstance(value, list):
+            yield from check_prompts(value, request.task)
         elif value is not None and (told := _input_problem(name, value, task)):
             rule, message = told
             yield Problem(loc=f"inputs.{name}", rule=rule, message=message)
 
 
 def _input_problem(name: str, value: object, task: TaskSpec) -> tuple[str, str] | None:
-    if name in _TEXTS:
-        return _text_problem(value, name in task.required_inputs)
+    if name in TEXTS:
+        return text_problem(value, required=name in task.required_inputs)
     if name in MEDIA_INPUTS:
         return _reference_problem(value)
     return _number_problem(task.numbers[name], value)
@@ -145,18 +148,6 @@ def _input_problem(name: str, value: object, task: TaskSpec) -> tuple[str, str] 
 def _resolve_inputs(inputs: Mapping[str, object], task: TaskSpec) -> dict[str, object]:
     defaults = {name: number.default for name, number in task.numbers.items()}
     return defaults | {name: value for name, value in inputs.items() if value is not None}
-
-
-def _text_problem(value: object, required: bool) -> tuple[str, str] | None:
-    if isinstance(value, list):
-        return "type", "A list of texts is not accepted; send one text, and a job for each."
-    if not isinstance(value, str):
-        return "type", f"{shown(value)} is no text; send a string."
-    if len(value) > PROMPT_CHARS_MAX:
-        return "max_length", f"It has {len(value)} characters; at most {PROMPT_CHARS_MAX} are accepted."
-    if required and not value.strip():
-        return "min_length", "It is empty; say what is wanted."
-    return None
 
 
 def _reference_problem(value: object) -> tuple[str, str] | None:
@@ -191,18 +182,21 @@ def _resolve_config(request: GenerateRequest, task: TaskSpec) -> tuple[dict[str,
         explicit,
     ]
     config = {name: value for layer in layers for name, value in layer.items() if name in task.options}
+    prompts = count_prompts(request.inputs.get(PROMPT), request.task)
+    if not problems:
+        problems += check_pictures(prompts, task.options.get(COUNT_OPTION), config)
     if not problems and "seed" in config:
-        problems += _settle_seed(config)
+        problems += _settle_seed(config, prompts)
     if not problems and "strength" in config:
         problems += _check_strength(config)
     return config, problems
 
 
-def _settle_seed(config: dict[str, JsonValue]) -> Iterable[Problem]:
-    seed, count = config["seed"], config.get("num_images_per_prompt", 1)
+def _settle_seed(config: dict[str, JsonValue], prompts: int) -> Iterable[Problem]:
+    seed, each = config["seed"], config.get(COUNT_OPTION, 1)
     if seed is None:
         config["seed"] = secrets.randbelow(DRAWN_SEED_MAX + 1)
-    elif isinstance(seed, int) and isinstance(count, int) and seed > SEED_MAX - count + 1:
+    elif isinstance(seed, int) and isinstance(each, int) and seed > SEED_MAX - (count := prompts * each) + 1:
         told = f"{seed} leaves no seed for the last of {count} pictures; use at most {SEED_MAX - count + 1}."
         yield Problem(loc="config.seed", rule="maximum", message=told)
 

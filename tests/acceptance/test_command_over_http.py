@@ -1,16 +1,20 @@
 """`omnirt generate`, `jobs` and their exit codes against a running system."""
 
 import json
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from omnirt_tasks.client import Client
 from omnirt_tasks.embedded import EmbeddedBroker
+from omnirt_tasks.requests import text2image
 from omnirt_tasks.settings import Settings
 from tests.support.commands import Command
 from tests.support.processes import Processes
+from tests.support.waiting import eventually
 
 Omnirt = Callable[..., Command]
 
@@ -118,3 +122,22 @@ def test_each_end_has_its_exit_code_and_its_line(omnirt: Omnirt, more: list[str]
         assert command.result() == status, command.told()
     assert any(line.startswith(words) for line in command.err), command.told()
     assert command.out == []
+
+
+def test_who_waits_is_told_his_place_and_about_how_long(omnirt: Omnirt, url: str) -> None:
+    with Client(url) as client:
+        client.generate(text2image(model="stub", prompt="x", step_ms=5))  # so that it is known how long one takes
+        slow = text2image(model="stub", prompt="x", num_inference_steps=200, step_ms=100)
+        jobs = [client.submit(slow).id for _ in range(12)]
+
+        last = eventually(lambda: queue if (queue := client.job(jobs[-1]).queue) and queue.eta_s else None)
+
+        with omnirt("jobs", "list") as command:
+            assert command.result() == 0, command.told()
+    with omnirt("jobs", "cancel", *jobs) as cancelled:
+        assert cancelled.result() == 0, cancelled.told()
+
+    (told,) = (line for line in command.out if jobs[-1] in line)
+    assert re.search(r"place \d+, ~\d+ (s|min)", told), command.out
+    assert last is not None
+    assert 0 < (last.eta_s or 0) <= (last.eta_p90_s or 0)

@@ -1,5 +1,6 @@
 """What bad input gets: a clear error with a stable code and place, nothing queued, and a gateway that goes on."""
 
+import base64
 import io
 import json
 import socket
@@ -45,6 +46,7 @@ def inputs(**given: Any) -> dict[str, Any]:
     return changed(inputs={"prompt": "a red circle"} | given)
 
 
+PNG = base64.b64encode(png()).decode()
 SHAPES = {"task": "text2image", "model": "shapes", "inputs": {"prompt": "a red circle"}}
 
 # Each: what is sent, then status, code, param of the answer, and a word that its message must hold.
@@ -65,7 +67,29 @@ BAD: dict[str, tuple[Any, int, str, str | None, str]] = {
     "1 MB prompt": (inputs(prompt="x" * 1_000_000), 422, "validation_failed", "inputs.prompt", "8000"),
     "empty prompt": (inputs(prompt=""), 422, "validation_failed", "inputs.prompt", "prompt"),
     "blank prompt": (inputs(prompt="   "), 422, "validation_failed", "inputs.prompt", "prompt"),
-    "list of prompts": (inputs(prompt=["a", "b"]), 422, "validation_failed", "inputs.prompt", ""),
+    "no prompts": (inputs(prompt=[]), 422, "validation_failed", "inputs.prompt", "empty"),
+    "17 prompts": (inputs(prompt=["a"] * 17), 422, "validation_failed", "inputs.prompt", "16"),
+    "an empty prompt of three": (inputs(prompt=["a", "", "c"]), 422, "validation_failed", "inputs.prompt.1", "empty"),
+    "a number of three": (inputs(prompt=["a", "b", 3]), 422, "validation_failed", "inputs.prompt.2", "no text"),
+    "a null among prompts": (inputs(prompt=[None, "b"]), 422, "validation_failed", "inputs.prompt.0", "no text"),
+    "a list among prompts": (inputs(prompt=["a", ["b"]]), 422, "validation_failed", "inputs.prompt.1", "list"),
+    "1 MB prompt of two": (inputs(prompt=["a", "x" * 1_000_000]), 422, "validation_failed", "inputs.prompt.1", "8000"),
+    "prompts for an edit": (
+        changed(
+            task="image2image", model="sdxl-base-1.0",
+            inputs={"prompt": ["a", "b"], "image": f"data:image/png;base64,{PNG}"},
+        ),
+        422, "validation_failed", "inputs.prompt", "text2image",
+    ),
+    "negative prompts": (inputs(negative_prompt=["a", "b"]), 422, "validation_failed", "inputs.negative_prompt", "one"),
+    "18 pictures": (
+        changed(inputs={"prompt": ["a", "b"]}, config={"num_images_per_prompt": 9}),
+        422, "validation_failed", "config.num_images_per_prompt", "2 prompts of 9 picture(s) each are 18",
+    ),
+    "no seed for the last picture": (
+        changed(inputs={"prompt": ["a", "b"]}, config={"seed": 2**63 - 1}),
+        422, "validation_failed", "config.seed", "2 pictures",
+    ),
     "no prompt": (changed(inputs={}), 422, "validation_failed", "inputs.prompt", ""),
     "inputs a list": (changed(inputs=[]), 422, "validation_failed", "inputs", "object"),
     "config a text": (changed(config="fast"), 422, "validation_failed", "config", "object"),
@@ -79,7 +103,8 @@ BAD: dict[str, tuple[Any, int, str, str | None, str]] = {
     "remote URL as image": (inputs(image="http://example.com/a.png"), 422, "validation_failed", "inputs.image", ""),
     "adapters": (changed(adapters=[]), 422, "validation_failed", "adapters", "supported"),
     "webhook": (changed(webhook="http://x"), 422, "validation_failed", "webhook", "supported"),
-    "priority high": (changed(priority="high"), 422, "validation_failed", "priority", "normal"),
+    "priority urgent": (changed(priority="urgent"), 422, "validation_failed", "priority", "high"),
+    "priority 0": (changed(priority=0), 422, "validation_failed", "priority", "normal"),
     "17 metadata": (
         changed(metadata={str(n): "x" for n in range(17)}), 422, "validation_failed", "metadata", "16"
     ),

@@ -13,7 +13,7 @@ import pytest
 from omnirt_tasks.client import Client
 from omnirt_tasks.embedded import EmbeddedBroker
 from omnirt_tasks.settings import Settings
-from tests.support.gateway import QUEUE, REQUEST, Gateway, code_of, gateway_settings, running_gateway
+from tests.support.gateway import REQUEST, Gateway, code_of, gateway_settings, running_gateway
 from tests.support.processes import PROJECT, environment
 from tests.support.waiting import eventually
 
@@ -68,7 +68,7 @@ def test_while_redis_is_away_nothing_is_said_to_be_done_and_it_heals_by_itself(
             broker.start()
             eventually(lambda: state_of_readiness(gateway) == (200, True), 15)
             fresh = gateway.submit()
-            messages = gateway.worker.redis.lrange(f"{gateway.settings.key_prefix}:celery:{QUEUE}", 0, -1)
+            messages = gateway.messages()
             assert any(fresh in message for message in messages), "its message was sent at once"
             gateway.worker.run(job_id, steps=1)
             assert [event.name for event in events][-1] == "job_finished", "the open stream goes on where it was"

@@ -54,7 +54,7 @@ def test_a_submitted_job_is_accepted_with_its_record_and_its_address(gateway: Ga
 
     again = gateway.http.get(answer.headers["Location"]).json()
     assert again == record
-    message = gateway.worker.redis.lrange(f"{gateway.settings.key_prefix}:celery:{QUEUE}", 0, -1)[0]
+    message = gateway.messages()[0]
     assert record["id"] in message
     assert "a red circle" not in message, "the message carries the id alone"
 
@@ -317,15 +317,18 @@ def test_tags_are_told_neither_by_readiness_nor_by_metrics(redis_url: str, tmp_p
         gateway.worker.announce()
         gateway.worker.announce("tagged", queues)
         for tags in ([], ["eu"], ["gold", "eu"], ["nobody-has-it"]):
-            job_id = gateway.submit(tags=tags)
+            job_id = gateway.submit(tags=tags, priority="high" if "eu" in tags else "normal")
         gateway.worker.claim(job_id)
 
         ready = gateway.http.get("/readyz").json()
         text = gateway.http.get("/metrics").text
 
-    assert ready["queues"] == {QUEUE: {"workers": 2, "waiting": 3, "running": 1}}
+    waiting = {"high": 2, "normal": 1}
+    assert ready["queues"] == {QUEUE: {"workers": 2, "waiting": 3, "running": 1, "waiting_by_priority": waiting}}
     assert [line for line in text.splitlines() if "queue=" in line] == [
-        f'omnirt_queue_depth{{priority="normal",queue="{QUEUE}"}} 3.0',
+        f'omnirt_queue_depth{{priority="high",queue="{QUEUE}"}} 2.0',
+        f'omnirt_queue_depth{{priority="normal",queue="{QUEUE}"}} 1.0',
+        f'omnirt_queue_depth{{priority="low",queue="{QUEUE}"}} 0.0',
         f'omnirt_queue_running{{queue="{QUEUE}"}} 1.0',
         f'omnirt_queue_workers{{queue="{QUEUE}"}} 2.0',
     ]

@@ -53,17 +53,21 @@ def keys_of(redis: Any, settings: Settings, job_id: str) -> set[str]:
     return {key for key in keys if job_id in key or job_id in str(readers[redis.type(key)](key))}
 
 
+@pytest.mark.parametrize("pictures", [1, 8], ids=["whole", "in parts"])
 @pytest.mark.parametrize("fails", [False, True], ids=["succeeded", "failed"])
 def test_a_job_that_a_worker_ran_is_gone_from_redis_and_from_the_storage(
-    system: tuple[Client, Any], settings: Settings, fails: bool
+    system: tuple[Client, Any], settings: Settings, fails: bool, pictures: int
 ) -> None:
     client, redis = system
-    config: dict[str, Any] = {"fail_at_step": 1} if fails else {}
+    config: dict[str, Any] = {"num_images_per_prompt": pictures, **({"fail_at_step": 1} if fails else {})}
     job = client.submit(text2image(model="stub", prompt="x", num_inference_steps=2, **config), idempotency_key="k")
     done = client.wait(job.id, timeout_s=20)
     assert done.state is (JobState.FAILED if fails else JobState.SUCCEEDED)
-    meta = f"{settings.key_prefix}:celery:celery-task-meta-{job.id}"
-    eventually(lambda: redis.exists(meta) and b"STARTED" not in redis.get(meta).encode())
+    parts = 0 if job.parts is None else job.parts.total
+    assert bool(parts) == (pictures > 1)
+    metas = f"{settings.key_prefix}:celery:celery-task-meta-{job.id}*"  # of the job, and of each part
+    eventually(lambda: [redis.get(meta) for meta in redis.keys(metas)])
+    eventually(lambda: not [meta for meta in redis.keys(metas) if "STARTED" in redis.get(meta)])
 
     client.purge(job.id)
 

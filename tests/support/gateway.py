@@ -16,6 +16,8 @@ from PIL import Image
 from websockets.sync.client import ClientConnection, connect
 
 from omnirt_tasks.artifacts import ArtifactStorage
+from omnirt_tasks.broker_lists import lists_of
+from omnirt_tasks.celery_app import broker_prefix
 from omnirt_tasks.child_process import ChildProcess
 from omnirt_tasks.contract import (
     Artifact,
@@ -31,7 +33,7 @@ from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.jobs.connection import connect as connect_redis
 from omnirt_tasks.jobs.fleet import RedisFleet
 from omnirt_tasks.jobs.redis import RedisJobStore
-from omnirt_tasks.jobs.store import Cancelled, Claim, EventDraft, Failed, Lease, Outcome, Succeeded
+from omnirt_tasks.jobs.store import Cancelled, Claim, EventDraft, Failed, Lease, Origin, Outcome, Succeeded
 from omnirt_tasks.settings import Settings, load_settings
 from tests.support.processes import Processes
 from workers.attempts import gateway_address
@@ -87,7 +89,8 @@ class ScriptedWorker:
             for path in paths:
                 path.write_bytes(made[path.name])
             self.artifacts.publish(lease.job_id, lease.attempt, paths)
-        addresses = {name: gateway_address(lease, name) for name in made}
+        part, origin = self.store.get(lease.job_id).part, Origin(lease.job_id, lease.attempt)
+        addresses = {name: gateway_address(part.job_id if part else lease.job_id, origin, name) for name in made}
         outputs = tuple(
             Artifact(
                 kind=ArtifactKind.IMAGE,
@@ -196,6 +199,11 @@ class Gateway:
         assert answer.status_code == 202, answer.text
         job_id: str = answer.json()["id"]
         return job_id
+
+    def messages(self) -> list[str]:
+        """The raw messages that wait in the broker, those of a higher priority first."""
+        lists = lists_of(QUEUE, prefix=broker_prefix(self.settings))
+        return [str(message) for name in lists for message in self.worker.redis.lrange(name, 0, -1)]
 
     def finished(self, **changes: Any) -> str:
         """A job that has succeeded; its id."""

@@ -1,15 +1,18 @@
 """A system without a gateway: its store, fleet, feed and Celery app, to send jobs and see what becomes of them."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from omnirt_tasks.artifacts import ArtifactStorage
+from omnirt_tasks.broker_lists import lists_of
 from omnirt_tasks.celery_app import broker_prefix, make_app
 from omnirt_tasks.contract import Event, EventName, JobRecord
 from omnirt_tasks.jobs.connection import connect
 from omnirt_tasks.jobs.feed import RedisFeed
 from omnirt_tasks.jobs.fleet import RedisFleet
 from omnirt_tasks.jobs.redis import RedisJobStore
+from omnirt_tasks.jobs.store import WakeUp
 from omnirt_tasks.jobs.watch import wait_finished
 from omnirt_tasks.registry import discover
 from omnirt_tasks.settings import Settings
@@ -39,13 +42,13 @@ class JobSystem:
             catalog=discover(),
             fleet=self.fleet,
             uploads=UploadStorage(settings.storage_url, ttl_s=600, max_bytes=10**6, max_pixels=10**6),
-            send=self.send,
+            send=partial(send_job, self.app),
             door=Door(),
         )
 
     def send(self, job_id: str, queue: str = STUB_QUEUE) -> None:
-        """Put a job's message on its queue (again)."""
-        send_job(self.app, job_id, queue)
+        """Put a message of a job, or of a part, on a queue (again)."""
+        send_job(self.app, WakeUp(job_id, queue))
 
     def submit(self, *, prompt: str = "a red circle", steps: int = 2, **config: object) -> str:
         """A job for the stub; its id."""
@@ -81,8 +84,9 @@ class JobSystem:
         return str(self.app.AsyncResult(job_id).state)
 
     def messages(self, queue: str = STUB_QUEUE) -> list[str]:
-        """The raw messages that wait in the broker."""
-        return [str(message) for message in self.redis.lrange(broker_prefix(self.settings) + queue, 0, -1)]
+        """The raw messages that wait in the broker, those of a higher priority first."""
+        lists = lists_of(queue, prefix=broker_prefix(self.settings))
+        return [str(message) for name in lists for message in self.redis.lrange(name, 0, -1)]
 
     def local_file(self, job: JobRecord, name: str = "0.png") -> Path | None:
         """Where the job's output lies."""

@@ -17,10 +17,11 @@ from omnirt_tasks.contract import (
     Task,
     WorkerCapability,
 )
+from omnirt_tasks.contract.capability import ChunkMeasure
 from omnirt_tasks.errors import StoreUnavailable
 from omnirt_tasks.jobs.fleet import MemoryFleet
 from omnirt_tasks.jobs.memory import MemoryJobStore
-from omnirt_tasks.jobs.store import Claim, JobQuery, Succeeded
+from omnirt_tasks.jobs.store import Claim, JobQuery, Succeeded, WakeUp
 from omnirt_tasks.registry import discover
 from omnirt_tasks.routing import queues_served, worker_tags
 from omnirt_tasks.submission import Submission, Submitted
@@ -36,7 +37,7 @@ class House:
     """A submission with everything around it in memory; `sent` are the messages."""
 
     def __init__(self, folder: Path, *, queue_limit: int = 10) -> None:
-        self.sent: list[tuple[str, str]] = []
+        self.sent: list[WakeUp] = []
         self.broker_away = False
         self.store = MemoryJobStore()
         self.uploads = UploadStorage(folder.as_uri(), ttl_s=60, max_bytes=1_000_000, max_pixels=1_000_000)
@@ -52,10 +53,10 @@ class House:
             queue_limit=queue_limit,
         )
 
-    def send(self, job_id: str, queue: str) -> None:
+    def send(self, wake_up: WakeUp) -> None:
         if self.broker_away:
             raise StoreUnavailable("The broker is away.")
-        self.sent.append((job_id, queue))
+        self.sent.append(wake_up)
 
     def submit(self, owner: str = "anna", model: str = "shapes", **body: Any) -> str:
         request = {"task": "text2image", "model": model, "inputs": {"prompt": "a red circle"}} | body
@@ -87,6 +88,20 @@ class House:
             memory_budget_bytes=budget_bytes,
             dtypes=("fp32", "fp16") if backend == "cuda" else ("fp32",),
             abilities={"sdxl-base-1.0": ability},
+        )
+        self.fleet.publish(record, ttl_ms=60_000)
+
+    def enter_shapes_worker(self, name: str, *chunks: ChunkMeasure) -> None:
+        """A worker of shapes lives, which has measured these chunks."""
+        ability = ModelAbility(tasks=(Task.TEXT2IMAGE,), execution_mode=ExecutionMode.LEGACY_CALL, chunks=chunks)
+        record = WorkerCapability(
+            worker_id=name,
+            backend="cpu",
+            device="cpu:0",
+            queues=("cpu-shapes",),
+            models=("shapes",),
+            dtypes=("fp32",),
+            abilities={"shapes": ability},
         )
         self.fleet.publish(record, ttl_ms=60_000)
 

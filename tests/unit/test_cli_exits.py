@@ -175,6 +175,44 @@ def test_generate_here_with_json_prints_one_document(omnirt: Omnirt, tmp_path: P
     assert target.is_file()
 
 
+def test_several_prompts_and_pictures_are_one_job_with_a_file_for_each(omnirt: Omnirt, tmp_path: Path) -> None:
+    prompts = ["--prompt", "a cat", "--prompt", "a dog", "--prompt", "a bird"]
+    arguments = ["--model", "stub", *prompts, "-n", "2", "--seed", "7", "-o", str(tmp_path)]
+
+    result = omnirt("generate", *arguments)
+
+    assert result.exit_code == 0, result.output
+    names = [
+        f"a-{animal}-{seed}.png"
+        for animal, seed in zip(("cat", "cat", "dog", "dog", "bird", "bird"), range(7, 13), strict=True)
+    ]
+    assert result.stdout.splitlines() == [f"{tmp_path / name}  (seed {7 + index})" for index, name in enumerate(names)]
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)
+
+
+def test_prompts_count_and_priority_become_the_request(omnirt: Omnirt) -> None:
+    prompts = ["--prompt", "a", "--prompt", "b"]
+
+    result = omnirt("validate", "--model", "shapes", *prompts, "--count", "3", "--priority", "low", "--json")
+
+    told = json.loads(result.stdout)["request"]
+    assert (told["inputs"]["prompt"], told["config"]["num_images_per_prompt"]) == (["a", "b"], 3)
+    assert told["priority"] == "low"
+
+
+def test_a_lone_prompt_is_no_list(omnirt: Omnirt) -> None:
+    result = omnirt("validate", "--model", "shapes", "--prompt", "a", "--json")
+
+    assert json.loads(result.stdout)["request"]["inputs"]["prompt"] == "a"
+
+
+def test_a_wrong_prompt_of_several_is_named(omnirt: Omnirt) -> None:
+    result = omnirt("validate", "--model", "shapes", "--prompt", "a", "--prompt", " ")
+
+    assert result.exit_code == Exit.REFUSED
+    assert result.stderr.startswith("inputs.prompt.1: ")
+
+
 def test_a_job_that_fails_is_3(omnirt: Omnirt, tmp_path: Path) -> None:
     result = omnirt("generate", "--model", "stub", "--prompt", "x", "--set", "fail_at_step=1", "-o", str(tmp_path))
 

@@ -22,7 +22,7 @@ from omnirt_tasks.registry.footprint import (
     working_bytes,
 )
 from omnirt_tasks.registry.weight_files import UnsoundWeights, count_tensors
-from omnirt_tasks.registry.work import megapixel_steps
+from omnirt_tasks.registry.work import count_pictures, megapixel_steps, one_picture, picture_prompt
 
 BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U8": 1}
 Tensors = Mapping[str, tuple[str, list[int]]]
@@ -325,6 +325,28 @@ def test_work_is_counted_in_megapixels_denoised_by_a_step() -> None:
     assert megapixel_steps(request(**config, num_images_per_prompt=3)) == 30
     assert megapixel_steps(request(**config, strength=0.5)) == 5
     assert megapixel_steps(request(width=64, height=64)) is None
+
+
+def test_each_of_a_list_of_prompts_has_pictures_of_its_own() -> None:
+    one = request(width=1000, height=500, num_inference_steps=20, num_images_per_prompt=2)
+    three = one.model_copy(update={"inputs": Inputs(prompt=("a", "b", "c"))})
+    spec = discover().find("sdxl-base-1.0")
+    task = spec.tasks[Task.TEXT2IMAGE]
+
+    assert [picture_prompt(three, index) for index in range(count_pictures(three))] == ["a", "a", "b", "b", "c", "c"]
+    assert megapixel_steps(three) == 3 * (megapixel_steps(one) or 0)
+    assert run_working_bytes(spec, task, three) == 3 * run_working_bytes(spec, task, one) > 0
+
+
+def test_the_least_that_is_run_at_once_is_a_picture_where_a_job_can_be_split() -> None:
+    many = request(width=64, num_images_per_prompt=4).model_copy(update={"inputs": Inputs(prompt=("a", "b"))})
+    film = request(num_frames=9).model_copy(update={"task": Task.TEXT2VIDEO})
+    edit = request(num_images_per_prompt=4).model_copy(update={"task": Task.IMAGE2IMAGE})
+
+    assert one_picture(many).inputs.prompt == "a"
+    assert one_picture(many).config == {"width": 64, "num_images_per_prompt": 1}
+    assert one_picture(film) == film
+    assert one_picture(edit) == edit
 
 
 def test_counting_needs_no_torch() -> None:

@@ -1,6 +1,6 @@
 """Requests from keyword arguments."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,8 @@ import pytest
 from omnirt_tasks import requests
 from omnirt_tasks.contract import GenerateRequest, Task
 from omnirt_tasks.errors import ValidationFailed
+from omnirt_tasks.registry import discover
+from omnirt_tasks.validation import Door, resolve
 
 BUILDERS: list[tuple[Callable[..., GenerateRequest], Task, dict[str, Any]]] = [
     (requests.text2image, Task.TEXT2IMAGE, {"prompt": "a star"}),
@@ -58,3 +60,12 @@ def test_a_wrong_type_is_refused_with_its_place() -> None:
         requests.text2image(model="m", prompt="p", tags="eu", backend="gpu")
 
     assert {problem.loc for problem in caught.value.details} == {"tags", "backend"}
+
+
+@pytest.mark.parametrize("prompts", [["a", "b"], ("a", "b")], ids=["list", "tuple"])
+def test_several_prompts_are_a_list_as_json_has_it(prompts: Sequence[str]) -> None:
+    request = requests.text2image(model="shapes", prompt=prompts, priority="high")
+
+    assert request.inputs == {"prompt": ["a", "b"]}
+    assert request.priority == "high"
+    assert resolve(request, discover(), door=Door()).unwrap()[0].inputs.prompt == ("a", "b")

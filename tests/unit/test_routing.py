@@ -20,6 +20,7 @@ from omnirt_tasks.contract import (
 from omnirt_tasks.errors import BackendUnsupported, ConfigurationError, InsufficientMemory, OmnirtError
 from omnirt_tasks.registry import ModelSpec, discover
 from omnirt_tasks.registry.footprint import in_words
+from omnirt_tasks.room import pictures_that_fit
 from omnirt_tasks.routing import (
     QueueAddress,
     Route,
@@ -262,9 +263,9 @@ def sdxl_worker(
     [
         (11, {}, True),  # 7 and 4, to the byte
         (10.9, {}, False),
-        (11, {"num_images_per_prompt": 2}, False),
+        (11, {"num_images_per_prompt": 2}, True),  # in two parts
+        (10.9, {"num_images_per_prompt": 2}, False),
         (11, {"num_images_per_prompt": 2, "vae_slicing": True}, True),
-        (11, {"num_images_per_prompt": 2, "vae_slicing": False}, False),
         (11, {"width": 2048}, False),
         (11, {"width": 2048, "height": 512}, True),
         (21, {"dtype": "fp32"}, False),  # 14 and, at twice the width, 8
@@ -303,6 +304,28 @@ def test_memory_is_counted_in_the_dtype_that_the_queue_settles_on() -> None:
 
     assert in_words(22 * GIB) in error.message
     assert beside_a_better_one.findings, "either may take the job, so both run in fp32"
+
+
+@pytest.mark.parametrize(
+    ("budgets_gib", "config", "pictures"),
+    [
+        ((80,), {}, 18),
+        ((80, 20), {}, 3),  # whichever of them takes it
+        ((80, 8), {}, 18),  # the second could run none of it
+        ((8,), {}, None),
+        ((80,), {"dtype": "fp32"}, 8),
+        ((80,), {"vae_slicing": True}, None),
+        ((None,), {}, None),
+        ((), {}, None),
+    ],
+)
+def test_pictures_fit_as_the_workers_of_the_queue_have_memory(
+    budgets_gib: tuple[float | None, ...], config: dict[str, Any], pictures: int | None
+) -> None:
+    fleet = [sdxl_worker(gib, index=index) for index, gib in enumerate(budgets_gib)]
+    wish = request(SDXL.id, **(SIZE | {"dtype": "fp16", "num_images_per_prompt": 16} | config))
+
+    assert pictures_that_fit(wish, SDXL, "cuda-sdxl", fleet) == pictures
 
 
 def test_the_frames_of_a_video_count_as_its_pictures() -> None:
@@ -578,12 +601,12 @@ def test_no_queue_is_chosen_whose_every_worker_is_unable_while_another_could(
         SDXL.id, dtype="fp16", compile=compiled, device=device, **(SIZE | {"num_images_per_prompt": pictures})
     )
 
-    def can(record: WorkerCapability) -> bool:  # by a worker's own record, in plain words
+    def can(record: WorkerCapability) -> bool:  # by a worker's own record, in plain words; a picture at a time
         if device not in {"auto", record.device}:
             return False
         known = bool(record.abilities)
         room_bytes = record.memory_budget_bytes or 0
-        return not known or ((not compiled or "compile" in record.features) and (7 + 4 * pictures) * GIB <= room_bytes)
+        return not known or ((not compiled or "compile" in record.features) and room_bytes >= 11 * GIB)
 
     outlook = judge(wish, SDXL, fleet)
 

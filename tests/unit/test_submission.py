@@ -17,7 +17,7 @@ from omnirt_tasks.errors import (
     UploadNotFound,
     ValidationFailed,
 )
-from omnirt_tasks.jobs.store import QueueDepth
+from omnirt_tasks.jobs.store import QueueDepth, WakeUp
 from omnirt_tasks.routing import queues_served
 from omnirt_tasks.submission import request_again
 from omnirt_tasks.validation import parse_request
@@ -35,7 +35,7 @@ def test_an_accepted_job_has_its_record_and_its_message(house: House) -> None:
     job = house.store.get(job_id)
     assert (job.record.state, job.owner, job.queue) == (JobState.QUEUED, "anna", "cpu-shapes")
     assert job.resolved.backend == "cpu"
-    assert house.sent == [(job_id, "cpu-shapes")]
+    assert house.sent == [WakeUp(job_id, "cpu-shapes")]
 
 
 def test_a_job_whose_message_could_not_be_sent_is_accepted_all_the_same(house: House) -> None:
@@ -176,7 +176,7 @@ def test_a_smaller_request_is_accepted_where_the_larger_was_refused(house: House
         house.submit(model="sdxl-base-1.0", config={"width": 1024, "height": 1024})
     house.submit(model="sdxl-base-1.0", config={"width": 512, "height": 1024})
 
-    assert [queue for _, queue in house.sent] == ["cuda-sdxl"]
+    assert [sent.queue for sent in house.sent] == ["cuda-sdxl"]
 
 
 def test_a_job_goes_to_the_backend_that_has_room_for_it(house: House) -> None:
@@ -191,7 +191,7 @@ def test_a_job_goes_to_the_backend_that_has_room_for_it(house: House) -> None:
 def test_without_a_live_worker_nothing_is_too_large(house: House) -> None:
     house.submit(model="sdxl-base-1.0", config={"num_images_per_prompt": 16})
 
-    assert [queue for _, queue in house.sent] == ["cuda-sdxl"]
+    assert {sent.queue for sent in house.sent} == {"cuda-sdxl"}
 
 
 def test_the_measured_times_of_the_workers_decide_where_both_have_room(house: House) -> None:
@@ -203,7 +203,7 @@ def test_the_measured_times_of_the_workers_decide_where_both_have_room(house: Ho
 
     house.submit(model="sdxl-base-1.0")  # 0.3 s behind three, or 10 s behind one
 
-    assert house.sent[-1][1] == "cuda-sdxl"
+    assert house.sent[-1].queue == "cuda-sdxl"
 
 
 def test_a_wish_that_no_live_worker_can_fulfil_is_refused_with_its_place(house: House) -> None:
@@ -227,7 +227,7 @@ def test_a_job_that_names_its_device_waits_where_that_device_alone_is_served(hou
 
     assert (job.queue, job.resolved.backend) == ("cuda-sdxl+cuda-0", "cuda")
     assert job.resolved.config["device"] == "cuda:0"
-    assert house.sent == [(job.record.id, "cuda-sdxl+cuda-0")]
+    assert house.sent == [WakeUp(job.record.id, "cuda-sdxl+cuda-0")]
 
 
 def test_a_job_that_names_what_another_brought_has_a_copy_of_its_own(house: House) -> None:

@@ -21,7 +21,7 @@ def test_the_same_submit_under_a_key_is_one_job(house: House) -> None:
 
     assert (first.replayed, again.replayed) == (False, True)
     assert again.job.record.id == first.job.record.id
-    assert house.sent == [(first.job.record.id, first.job.queue)], "its message is not sent twice"
+    assert house.sent == [*first.job.wake_ups], "its message is not sent twice"
 
 
 def test_a_repeat_is_not_checked_again(house: House) -> None:

@@ -55,6 +55,10 @@ def with_inputs(base: dict[str, Any] = PICTURE, **inputs: Any) -> dict[str, Any]
     return {**base, "inputs": {"prompt": "a cat", **inputs}}
 
 
+def with_prompts(*prompts: object, base: dict[str, Any] = GOOD) -> dict[str, Any]:
+    return {**base, "inputs": {"prompt": list(prompts)}}
+
+
 @pytest.mark.parametrize(
     ("body", "loc", "rule"),
     [
@@ -79,7 +83,8 @@ def with_inputs(base: dict[str, Any] = PICTURE, **inputs: Any) -> dict[str, Any]
         ({**GOOD, "deadline_s": "5"}, "deadline_s", "type"),
         ({**GOOD, "deadline_s": True}, "deadline_s", "type"),
         ({**GOOD, "webhook": "https://x"}, "webhook", "unsupported"),
-        ({**GOOD, "priority": "high"}, "priority", "choice"),
+        ({**GOOD, "priority": "urgent"}, "priority", "choice"),
+        ({**GOOD, "priority": 0}, "priority", "choice"),
         ({**GOOD, "tags": "gold"}, "tags", "type"),
         ({**GOOD, "tags": ["Gold!"]}, "tags.0", "pattern"),
         ({**GOOD, "tags": list("abcde")}, "tags", "max_length"),
@@ -120,7 +125,17 @@ def with_inputs(base: dict[str, Any] = PICTURE, **inputs: Any) -> dict[str, Any]
         ({**GOOD, "inputs": {}}, "inputs.prompt", "required"),
         ({**GOOD, "inputs": {"prompt": "  "}}, "inputs.prompt", "min_length"),
         ({**GOOD, "inputs": {"prompt": "x" * 8_001}}, "inputs.prompt", "max_length"),
-        ({**GOOD, "inputs": {"prompt": ["a", "b"]}}, "inputs.prompt", "type"),
+        (with_inputs(image="upload:1", prompt=["a", "b"]), "inputs.prompt", "type"),
+        (with_prompts(), "inputs.prompt", "min_length"),
+        (with_prompts(*"abcdefghijklmnopq"), "inputs.prompt", "max_length"),
+        (with_prompts("a", " ", "c"), "inputs.prompt.1", "min_length"),
+        (with_prompts("a", "b", 3), "inputs.prompt.2", "type"),
+        (with_prompts("a", None), "inputs.prompt.1", "type"),
+        (with_prompts("a", ["b"]), "inputs.prompt.1", "type"),
+        (with_prompts("x" * 8_001), "inputs.prompt.0", "max_length"),
+        (with_config(with_prompts("a", "b"), num_images_per_prompt=9), "config.num_images_per_prompt", "maximum"),
+        (with_config(with_prompts("a", "b"), seed=2**63 - 3, num_images_per_prompt=2), "config.seed", "maximum"),
+        ({**GOOD, "inputs": {"prompt": "a", "negative_prompt": ["b"]}}, "inputs.negative_prompt", "type"),
         ({**GOOD, "inputs": {"prompt": 5}}, "inputs.prompt", "type"),
         ({**GOOD, "inputs": {"prompt": "a", "num_frames": 0}}, "inputs.num_frames", "unknown_field"),
         (with_inputs(), "inputs.image", "required"),
@@ -187,6 +202,43 @@ def test_a_message_names_value_rule_and_remedy() -> None:
     (problem,) = failure_of(with_config(width=513)).details
 
     assert problem.message == "513 is not a multiple of 8; use 512 or 520."
+
+
+def test_a_list_of_prompts_is_resolved_in_order_with_what_is_for_all_of_them() -> None:
+    request = resolved({**GOOD, "inputs": {"prompt": ["a red star", "a blue ring"], "negative_prompt": "green"}})
+
+    assert request.inputs.prompt == ("a red star", "a blue ring")
+    assert request.inputs.negative_prompt == "green"
+    assert ResolvedRequest.model_validate_json(request.model_dump_json()) == request, "it is the same once stored"
+
+
+def test_too_many_pictures_are_told_with_both_numbers() -> None:
+    (problem,) = failure_of(with_config(with_prompts("a", "b", "c"), num_images_per_prompt=6)).details
+
+    assert problem.message == "3 prompts of 6 picture(s) each are 18 pictures; at most 16 are accepted."
+    resolved(with_config(with_prompts(*"abcdefgh"), num_images_per_prompt=2))
+    resolved(with_prompts(*"abcdefghijklmnop"))
+
+
+def test_every_wrong_prompt_of_a_list_is_told() -> None:
+    error = failure_of(with_prompts("a", "", "c", 4))
+
+    assert [problem.loc for problem in error.details] == ["inputs.prompt.1", "inputs.prompt.3"]
+
+
+def test_the_last_picture_of_all_prompts_has_a_seed() -> None:
+    last = 2**63 - 1
+    asked = with_config(with_prompts("a", "b"), seed=last - 3, num_images_per_prompt=2)
+
+    assert resolved(asked).config["seed"] == last - 3
+    asked["config"]["seed"] = last - 2
+    (problem,) = failure_of(asked).details
+    assert problem.message == f"{last - 2} leaves no seed for the last of 4 pictures; use at most {last - 3}."
+
+
+@pytest.mark.parametrize("priority", ["high", "normal", "low"])
+def test_a_priority_goes_with_what_will_run(priority: str) -> None:
+    assert resolved({**GOOD, "priority": priority}).priority == priority
 
 
 def test_a_strength_that_leaves_no_step_is_told_the_least_that_does() -> None:

@@ -49,9 +49,9 @@ def fetch_artifact(job_id: str, name: str) -> Response:
         raise ArtifactNotFound(
             f"The job has no artifact {name[:80]!r}.", "Its result names what it has, once it succeeded."
         )
-    storage = services().artifacts
-    size_bytes = storage.stat(job_id, job.record.attempt, name)
-    stream = storage.open(job_id, job.record.attempt, name)
+    storage, origin = services().artifacts, job.origins[name]
+    size_bytes = storage.stat(origin.job_id, origin.attempt, name)
+    stream = storage.open(origin.job_id, origin.attempt, name)
     response = Response(wrap_file(request.environ, stream), mimetype=_safe_type(artifact.mime), direct_passthrough=True)
     response.call_on_close(stream.close)
     response.content_length = size_bytes

@@ -27,7 +27,7 @@ def docs() -> Response:
     """One self-contained page: it loads nothing from elsewhere, and runs no script but its own."""
     nonce = secrets.token_urlsafe(16)
     routes = [
-        ("WS" if rule.websocket else method, rule.rule, operation.summary)
+        ("WS" if rule.websocket else method, rule.rule, operation.summary, operation.description)
         for rule, method, operation in documented_routes(current_app)
     ]
     page = render_template_string(

@@ -24,6 +24,7 @@ from web.submitting import (
     IDEMPOTENCY_KEY,
     PREFER,
     SUBMIT_ERRORS,
+    SUBMIT_NOTES,
     job_headers,
     read_request,
     submit,
@@ -43,6 +44,7 @@ blueprint = Blueprint("generate", __name__)
     errors=(*SUBMIT_ERRORS, *JOB_ERRORS),
     body=GenerateRequest,
     parameters=(PREFER, IDEMPOTENCY_KEY),
+    description=SUBMIT_NOTES,
 )
 def generate() -> Response:
     """Submit, and wait on the job's terminal event unless the request is asynchronous."""

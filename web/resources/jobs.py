@@ -20,6 +20,7 @@ from web.submitting import (
     IDEMPOTENCY_KEY,
     PREFER,
     SUBMIT_ERRORS,
+    SUBMIT_NOTES,
     accepted,
     read_request,
     submit,
@@ -71,6 +72,7 @@ class CancelledRecord(JobRecord):
     errors=SUBMIT_ERRORS,
     body=GenerateRequest,
     parameters=(PREFER, IDEMPOTENCY_KEY),
+    description=SUBMIT_NOTES,
 )
 def submit_job() -> Response:
     """Always asynchronous."""

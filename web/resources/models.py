@@ -8,7 +8,8 @@ from pydantic import JsonValue
 from omnirt_tasks.contract import Backend, Task, Tier
 from omnirt_tasks.contract.base import Answer
 from omnirt_tasks.errors import ModelNotFound, ValidationFailed
-from omnirt_tasks.registry import ModelSpec, Option
+from omnirt_tasks.registry import ModelSpec, Option, TaskSpec
+from omnirt_tasks.validation.texts import PROMPT, PROMPT_CHARS_MAX, PROMPTS_MAX, takes_prompts
 from web.answers import json_answer
 from web.operations import Parameter, documented
 from web.queries import Query
@@ -23,7 +24,11 @@ blueprint = Blueprint("models", __name__)
 
 
 class Model(Answer):
-    """A model; `limits` is {task: {field: its type, bounds, choices and default}}, of options and inputs alike."""
+    """A model; `limits` is {task: {field: its type, bounds, choices and default}}, of options and inputs alike.
+
+    Of the inputs they tell the numbers, and the prompt: of `max_length` characters, and where it may be a list, of
+    `max_items` of them.
+    """
 
     id: str
     object: Literal["model"] = "model"
@@ -73,12 +78,28 @@ def _shown(spec: ModelSpec) -> Model:
         status=spec.status,
         backends=spec.backends,
         limits={
-            str(task): {name: _limits(option) for name, option in {**its.options, **its.numbers}.items()}
+            str(task): _prompt(task, its)
+            | {name: _limits(option) for name, option in {**its.options, **its.numbers}.items()}
             for task, its in spec.tasks.items()
         },
         summary=spec.summary,
         aliases=spec.aliases,
     )
+
+
+def _prompt(task: Task, its: TaskSpec) -> dict[str, dict[str, JsonValue]]:
+    """What is told of the prompt, where the task takes one."""
+    if PROMPT not in {*its.required_inputs, *its.optional_inputs}:
+        return {}
+    told: dict[str, JsonValue] = {
+        "type": "string",
+        "default": None,
+        "summary": "What is wanted, in words.",
+        "max_length": PROMPT_CHARS_MAX,
+    }
+    if takes_prompts(task):
+        told |= {"summary": "What is wanted, in words; or a list, for pictures of each.", "max_items": PROMPTS_MAX}
+    return {PROMPT: told}
 
 
 def _limits(option: Option) -> dict[str, JsonValue]:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable
 from enum import StrEnum
+from typing import NamedTuple
 
 from flask import Blueprint, Response
 from pydantic import JsonValue
@@ -19,7 +20,16 @@ from web.services import services
 blueprint = Blueprint("trace", __name__)
 
 # What ends an attempt, and with it every stage that it left open.
-_ATTEMPT_ENDS = TERMINAL_EVENTS | {EventName.JOB_REQUEUED}
+_ATTEMPT_ENDS = TERMINAL_EVENTS | {EventName.JOB_REQUEUED, EventName.PART_REQUEUED, EventName.PART_FINISHED}
+PART = "part"
+"""Under which the events of a split job's parts tell which of them they are of."""
+
+
+class _Stage(NamedTuple):
+    """A stage that may be open: of a part of a split job, or (None) of one that is whole."""
+
+    part: JsonValue
+    name: str
 
 
 class SpanStatus(StrEnum):
@@ -58,7 +68,7 @@ class Trace(Answer):
 @blueprint.get("/v1/jobs/<job_id>/trace")
 @documented("A job's spans", {200: Trace}, errors=(JobNotFound,))
 def show_trace(job_id: str) -> Response:
-    """One root span, and one for each stage of each attempt."""
+    """One root span, and one for each stage of each attempt, of the job or of its parts."""
     job = own_job(job_id, current_owner())
     root = _root(job)
     trace = Trace(
@@ -92,17 +102,19 @@ def _root(job: StoredJob) -> Span:
 
 def _stages(job_id: str, events: Iterable[Event], root_id: str) -> list[Span]:
     spans: list[Span] = []
-    open_at: dict[str, int] = {}  # stage → its place in `spans`
-    attempt: JsonValue = None
+    open_at: dict[_Stage, int] = {}  # a part's stage → its place in `spans`
+    attempts: dict[JsonValue, JsonValue] = {}  # a part → its attempt
 
     def close(place: int, event: Event, status: SpanStatus) -> None:
         spans[place] = spans[place].model_copy(update={"ended_at_ms": event.timestamp_ms, "status": status})
 
     for event in events:
-        if event.event is EventName.JOB_STARTED:
-            attempt = event.data.get("attempt")
+        part = event.data.get(PART)
+        here = _Stage(part, event.stage)
+        if event.event in {EventName.JOB_STARTED, EventName.PART_STARTED}:
+            attempts[part] = event.data.get("attempt")
         elif event.event is EventName.STAGE_START:
-            open_at[event.stage] = len(spans)
+            open_at[here] = len(spans)
             spans.append(
                 Span(
                     span_id=_span_id(job_id, str(event.seq)),
@@ -112,16 +124,16 @@ def _stages(job_id: str, events: Iterable[Event], root_id: str) -> list[Span]:
                     started_at_ms=event.timestamp_ms,
                     ended_at_ms=None,
                     status=SpanStatus.UNSET,
-                    attributes={"attempt": attempt},
+                    attributes={"attempt": attempts.get(part), **({} if part is None else {PART: part})},
                 )
             )
-        elif event.event in {EventName.STAGE_END, EventName.STAGE_ERROR} and event.stage in open_at:
+        elif event.event in {EventName.STAGE_END, EventName.STAGE_ERROR} and here in open_at:
             failed = event.event is EventName.STAGE_ERROR
-            close(open_at.pop(event.stage), event, SpanStatus.ERROR if failed else SpanStatus.OK)
+            close(open_at.pop(here), event, SpanStatus.ERROR if failed else SpanStatus.OK)
         elif event.event in _ATTEMPT_ENDS:
-            for place in open_at.values():
-                close(place, event, SpanStatus.ERROR)
-            open_at.clear()
+            ended = [stage for stage in open_at if stage.part == part or event.terminal]
+            for stage in ended:
+                close(open_at.pop(stage), event, SpanStatus.ERROR)
     return spans
 
 
