@@ -3,6 +3,8 @@
     {root}/jobs/{job id}/{attempt}/{name}                  an output
     {root}/jobs/{job id}/{attempt}/checkpoints/{name}      what a later attempt may go on from
 
+A part of a job that was split has a folder of its own, by its own id, as if it were a job.
+
 Each attempt writes below its own number, and only the committed attempt is ever read: a late writer harms nobody, and
 a file that is half there is seen by nobody. What belongs to no attempt that counts is removed when the job is over
 (`keep_only`), and where that did not happen, by a search of the whole storage (`sweep_orphans`).

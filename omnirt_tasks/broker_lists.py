@@ -7,17 +7,29 @@ from typing import Any
 
 import redis
 
+from omnirt_tasks.celery_app import PRIORITY_STEPS
+from omnirt_tasks.contract import Priority
 from omnirt_tasks.jobs.connection import reaching_store
+from omnirt_tasks.jobs.store import WakeUp
 
-PRIORITY_ENDS = ("", "\x06\x163", "\x06\x166", "\x06\x169")
+SEPARATOR = "\x06\x16"
+LOOK_AMONG = 100
+"""Among how many messages at the end of a list one that was put there just now is looked for."""
+# What a message in each of these lists counts as; the last holds none of ours.
+PRIORITIES = (Priority.HIGH, Priority.NORMAL, Priority.LOW, Priority.LOW)
 
 
 def lists_of(queue: str, *, prefix: str) -> tuple[str, ...]:
     """The lists in Redis over which kombu spreads a queue, one for each priority; `prefix` is `broker_prefix`."""
-    return tuple(f"{prefix}{queue}{end}" for end in PRIORITY_ENDS)
+    return tuple(list_of(queue, priority, prefix=prefix) for priority in PRIORITY_STEPS)
 
 
-def celery_waiting(client: redis.Redis, *, prefix: str) -> Callable[[str], frozenset[str]]:
+def list_of(queue: str, priority: int, *, prefix: str) -> str:
+    """The list in which a queue's messages of one of the PRIORITY_STEPS wait; the first in line is its last."""
+    return f"{prefix}{queue}{SEPARATOR}{priority}" if priority else f"{prefix}{queue}"
+
+
+def celery_waiting(client: redis.Redis, *, prefix: str) -> Callable[[str], frozenset[WakeUp]]:
     """A `waiting_in_broker` for Celery's lists in Redis; `client` speaks to the broker's database.
 
     `prefix` begins every key of Celery's: `celery_app.broker_prefix`.
@@ -26,9 +38,9 @@ def celery_waiting(client: redis.Redis, *, prefix: str) -> Callable[[str], froze
     a list costs as much as it is long, so what was read serves for a millisecond per message.
     """
     broker: Any = client
-    known: dict[str, tuple[float, frozenset[str]]] = {}  # queue → until when it serves, what was read
+    known: dict[str, tuple[float, frozenset[WakeUp]]] = {}  # queue → until when it serves, what was read
 
-    def waiting(queue: str) -> frozenset[str]:
+    def waiting(queue: str) -> frozenset[WakeUp]:
         for name in [name for name, (until, _) in known.items() if monotonic() >= until]:
             del known[name]
         if queue not in known:
@@ -37,13 +49,30 @@ def celery_waiting(client: redis.Redis, *, prefix: str) -> Callable[[str], froze
                 pipeline.lrange(name, 0, -1)
             with reaching_store():
                 lists = pipeline.execute()
-            task_ids = frozenset(
-                task_id for messages in lists for message in messages if (task_id := _task_id(message))
+            wake_ups = frozenset(
+                WakeUp(task_id, queue, priority)
+                for messages, priority in zip(lists, PRIORITIES, strict=True)
+                for message in messages
+                if (task_id := _task_id(message))
             )
-            known[queue] = (monotonic() + len(task_ids) / 1000, task_ids)
+            known[queue] = (monotonic() + len(wake_ups) / 1000, wake_ups)
         return known[queue][1]
 
     return waiting
+
+
+def move_to_front(client: redis.Redis, task_id: str, list_name: str) -> bool:
+    """Let a message that was put on a list just now be the next to be taken from it; whether it was there still.
+
+    One that is taken meanwhile comes a second time, which its claim drops. Raises StoreUnavailable.
+    """
+    broker: Any = client
+    with reaching_store():
+        newest = broker.lrange(list_name, 0, LOOK_AMONG - 1)
+        found = next((message for message in newest if _task_id(message) == task_id), None)
+        if found is not None:
+            broker.pipeline().lrem(list_name, 1, found).rpush(list_name, found).execute()
+    return found is not None
 
 
 def _task_id(message: str | bytes) -> str | None:

@@ -10,6 +10,8 @@ from celery import Celery
 
 from omnirt_tasks.settings import Settings
 
+PRIORITY_STEPS = (0, 3, 6, 9)
+"""The priorities for which a queue has a list of its own in Redis; what lies between counts as the one before."""
 TASK_MODULES = ("workers.tasks", "workers.bootsteps")
 MESSAGE_VISIBILITY_S = 60
 CONNECT_TIMEOUT_S = 5
@@ -56,6 +58,9 @@ def _settings_of_celery(settings: Settings) -> dict[str, Any]:
             # Only what a worker took and did not begin is ever unacknowledged.
             "visibility_timeout": MESSAGE_VISIBILITY_S,
             "unacked_restore_throttle": 1,
+            "priority_steps": list(PRIORITY_STEPS),
+            # What has a higher priority goes first in whichever queue; of one priority, the queues take turns.
+            "queue_order_strategy": "round_robin",
             # How long a publisher tries before it reports that the broker is away.
             "max_retries": 2,
             "interval_start": 0,

@@ -14,6 +14,7 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from celery import bootsteps, signals
@@ -110,14 +111,14 @@ class DeviceStep(bootsteps.StartStopStep):
                 queues=self._seat.queues(self._app.settings),
                 worker_id=worker.hostname,
                 concurrency=worker.concurrency,
-                resend=lambda job_id, queue: send_job(self._app, job_id, queue),
+                resend=partial(send_job, self._app),
                 consumption=consumption,
             )
         except OmnirtError as error:
             logger.critical("%s", error)
             raise SystemExit(1) from error
         task: Any = self._app.tasks[GENERATE]
-        task.runner = self._serving.runner
+        task.runner, task.to_front = self._serving.runner, self._serving.to_front
         worker.serving = self._serving  # for the control commands
         signals.worker_ready.connect(self._announce, weak=False)
         signals.worker_shutting_down.connect(self._leave, weak=False)

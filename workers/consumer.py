@@ -6,6 +6,8 @@ from typing import Any
 
 from celery.worker.consumer import Consumer
 
+from workers.consumption import TAKE_NOTHING, put_back
+
 UNSOUND = (ValueError, TypeError, AttributeError, RecursionError)
 """What kombu and Celery raise over an item that is no message, or one with headers of the wrong kind."""
 
@@ -15,6 +17,9 @@ class SoundConsumer(Consumer):
 
     Celery's own ends its worker over an item that is no message. This one connects anew, and the item, which was taken
     off its list, is gone; a message that cannot be handled is refused.
+
+    A worker that takes nothing may still be given a message, by a pop that was under way. It puts it back where it was,
+    so that another worker has it next.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -33,8 +38,12 @@ class SoundConsumer(Consumer):
     def create_task_handler(self, *arguments: Any, **options: Any) -> Callable[[Any], Any]:
         """What takes each message; one that it stumbles over would come back for ever."""
         handle = super().create_task_handler(*arguments, **options)
+        consumer: Any = self
+        worker = consumer.controller
 
         def handle_or_refuse(message: Any) -> Any:
+            if worker.max_concurrency == TAKE_NOTHING:
+                return put_back(message)
             try:
                 return handle(message)
             except UNSOUND as error:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from celery.exceptions import WorkerShutdown
 from celery.worker import state
+from kombu.transport.virtual import QoS
 
 TAKE_NOTHING = -1  # Celery takes 0 for the pool's size
 LOOK_EVERY_S = 0.05
@@ -96,6 +97,16 @@ class CeleryConsumption:
         while not begins_anew() and time.monotonic() < until_s:
             time.sleep(LOOK_EVERY_S)  # to let go of a connection that does not answer takes some seconds
         return begins_anew()
+
+
+def put_back(message: Any) -> None:
+    """Undo the taking of a message: it is the next again, while `requeue` would put it behind all others.
+
+    Its tag stays with it wherever it is taken next, so that it is forgotten here alone, and not acknowledged.
+    """
+    qos, tag = message.channel.qos, message.delivery_tag
+    qos.restore_by_tag(tag)
+    QoS.ack(qos, tag)
 
 
 def _look_again() -> None:

@@ -18,16 +18,18 @@ from contextlib import ExitStack, suppress
 
 from prometheus_client import CollectorRegistry
 
+from omnirt_tasks.broker_lists import list_of, move_to_front
 from omnirt_tasks.celery_app import broker_prefix
 from omnirt_tasks.clock import unix_ms
 from omnirt_tasks.contract import Backend, WorkerCapability
 from omnirt_tasks.errors import ConfigurationError, StoreUnavailable
 from omnirt_tasks.jobs.fleet import Fleet
-from omnirt_tasks.jobs.store import EventFeed, StoredJob
+from omnirt_tasks.jobs.store import EventFeed, StoredJob, WakeUp
 from omnirt_tasks.observability import tracing
 from omnirt_tasks.observability.metrics import DeviceMetrics, MetricsServer
 from omnirt_tasks.settings import Placement, Settings
 from omnirt_tasks.stores import open_stores
+from omnirt_tasks.tasks import CELERY_PRIORITIES
 from workers.attempts import AttemptRunner
 from workers.backends.cpu import host_memory_bytes
 from workers.canary import Canary, heads_in_broker
@@ -35,6 +37,7 @@ from workers.consumption import Consumption
 from workers.devices import SHARED_BACKENDS, DeviceLock
 from workers.heartbeat import Heartbeat
 from workers.host import DeviceHost, HostConfig
+from workers.loading import HOLDS_THE_DEVICE
 from workers.plan import Plan
 from workers.process_host import ProcessHost, Recycling
 from workers.thread_host import BUDGET_SHARE, ThreadHost
@@ -43,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 SERVICE = "omnirt-worker"
 SCRATCH_FOLDER = "scratch"
+CHUNKS_FOLDER = "chunks"
 LAST_WORDS_S = 15.0
 CLOSE_TIMEOUT_S = 5.0
 LISTEN_AGAIN_S = 0.5
@@ -54,9 +58,10 @@ class Serving:
     """A worker at work on its device, from construction to `close`.
 
     `queues` are those that it takes messages from. `resend` puts a job's message on its queue. `consumption` is told
-    how many messages to hold: as many as `concurrency` while jobs can begin, none while the device is away or a job
-    waits to have it alone. It is ended when the worker can serve no more: by the fault of the device or of the
-    consumption itself (EXIT_STUCK), or of the configuration (EXIT_UNUSABLE).
+    how many messages to hold: as many as `concurrency` while jobs can begin (one, if all its models hold the device as
+    a whole), none while the device is away, one job has it, or one waits for it or for memory. It is ended when the
+    worker can serve no more: by the fault of the device or of the consumption itself (EXIT_STUCK), or of the
+    configuration (EXIT_UNUSABLE).
     """
 
     def __init__(
@@ -68,12 +73,15 @@ class Serving:
         queues: Sequence[str],
         worker_id: str,
         concurrency: int,
-        resend: Callable[[str, str], None],
+        resend: Callable[[WakeUp], None],
         consumption: Consumption,
     ) -> None:
         self._settings = settings
         self._queues = tuple(queues)
         self._worker_id = worker_id
+        holding = {spec.id for spec in plan.models if spec.execution_mode in HOLDS_THE_DEVICE}
+        if len(holding) == len(plan.models):
+            concurrency = 1  # a second one could not begin
         self._concurrency = concurrency
         self._consumption = consumption
         self._stuck = threading.Lock()  # taken once, and never let go
@@ -86,11 +94,13 @@ class Serving:
         with ExitStack() as undo:
             stores = open_stores(settings)
             undo.callback(stores.close)
+            self._broker = stores.broker
             tracer = tracing.start(settings, service=SERVICE)
             undo.callback(tracer.close)
             registry = CollectorRegistry()
             if settings.metrics_port is not None:
                 undo.callback(MetricsServer(registry, host=settings.metrics_host, port=settings.metrics_port).close)
+            self._metrics = DeviceMetrics(registry)
             config = host_config(settings, plan, device.device, concurrency)
             apart = placement_of(settings, plan.backend) is Placement.PROCESS
             self._host: DeviceHost = self._child(config) if apart else _thread_host(config)
@@ -112,30 +122,17 @@ class Serving:
                 stop_patience_s=settings.stop_patience_s if apart else None,
                 execution_mode=plan.execution_mode,
                 tracing=tracer,
-                metrics=DeviceMetrics(registry),
+                metrics=self._metrics,
                 on_crowded=self._set_crowded,
                 serves_elsewhere=lambda job: _served_beside(stores.fleet, worker_id, job),
                 queues=self._queues,
+                models_holding=holding,
                 retries_max=settings.retries_max,
                 retry_backoff_s=settings.retry_backoff_s,
             )
             undo.callback(self.runner.close)
             undo.callback(stores.feed.close)  # before the runner, which its cancels reach
-            try:
-                stores.feed.on_cancel(self.runner.cancel)
-            except StoreUnavailable as error:
-                logger.warning("This worker waits for its store: %s", error)
-                closing = threading.Event()
-                later = threading.Thread(
-                    target=_hear_cancels,
-                    args=(stores.feed, self.runner.cancel, closing),
-                    name="cancel-notices",
-                    daemon=True,
-                )
-                undo.callback(later.join, CLOSE_TIMEOUT_S)
-                undo.callback(closing.set)
-                later.start()
-
+            self._hear_cancels(stores.feed, undo)
             reconciler = stores.reconciler(resend)
             undo.callback(reconciler.close)
             reconciler.start()
@@ -143,7 +140,7 @@ class Serving:
             undo.callback(self._heartbeat.close)
             self._canary = Canary(
                 consumption,
-                heads_in_broker(stores.broker, prefix=broker_prefix(settings)),
+                heads_in_broker(self._broker, prefix=broker_prefix(settings)),
                 stall_after_s=settings.stall_after_s,
                 on_lost=self._lose_consumption,
             )
@@ -167,6 +164,12 @@ class Serving:
         self._announced = True
         self._begin_heartbeat()
         self._canary.start()
+
+    def to_front(self, wake_up: WakeUp) -> None:
+        """Let a message that was sent just now be the next that is taken from its list. Raises StoreUnavailable."""
+        priority = CELERY_PRIORITIES[wake_up.priority]
+        list_name = list_of(wake_up.queue, priority, prefix=broker_prefix(self._settings))
+        move_to_front(self._broker, wake_up.job_id, list_name)
 
     def leave(self, grace_s: float) -> None:
         """Take and be routed no new job; those in hand may end by themselves for `grace_s`, then they are given back.
@@ -203,6 +206,22 @@ class Serving:
         if self._stuck.locked():
             # A thread that hangs in the device would keep the process: show where, and end it.
             faulthandler.dump_traceback_later(1.0, exit=True, file=2)
+
+    def _hear_cancels(self, feed: EventFeed, undo: ExitStack) -> None:
+        try:
+            feed.on_cancel(self.runner.cancel)
+        except StoreUnavailable as error:
+            logger.warning("This worker waits for its store: %s", error)
+            closing = threading.Event()
+            later = threading.Thread(
+                target=_hear_cancels_later,
+                args=(feed, self.runner.cancel, closing),
+                name="cancel-notices",
+                daemon=True,
+            )
+            undo.callback(later.join, CLOSE_TIMEOUT_S)
+            undo.callback(closing.set)
+            later.start()
 
     def _child(self, config: HostConfig) -> ProcessHost:
         return ProcessHost(
@@ -272,6 +291,8 @@ class Serving:
 
     def _capability(self) -> WorkerCapability:
         host = self._host.capability()
+        for model, ability in host.abilities.items():
+            self._metrics.chunks_measured(model, ability.chunks)
         return WorkerCapability(
             worker_id=self._worker_id,
             backend=host.backend,
@@ -333,6 +354,9 @@ def host_config(settings: Settings, plan: Plan, device: str, concurrency: int) -
         torch_threads=settings.torch_threads,
         memory_budget_bytes=budget_bytes,
         warm_up=settings.warm_up,
+        max_batch_size=settings.max_batch_size,
+        batch_window_ms=settings.batch_window_ms,
+        chunk_table=settings.data_dir.expanduser() / CHUNKS_FOLDER / f"{plan.backend}-{device.replace(':', '-')}.json",
     )
 
 
@@ -351,7 +375,7 @@ def _relay(line: str) -> None:
     sys.stderr.write(f"{line}\n")
 
 
-def _hear_cancels(feed: EventFeed, cancel: Callable[[str], None], closing: threading.Event) -> None:
+def _hear_cancels_later(feed: EventFeed, cancel: Callable[[str], None], closing: threading.Event) -> None:
     """Listen to the feed's cancels once the store is there; of those before, the renewals of the leases tell."""
     while not closing.wait(LISTEN_AGAIN_S):
         with suppress(StoreUnavailable):  # told already

@@ -9,17 +9,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from celery import Task
 from celery.exceptions import Ignore, InvalidTaskError
 from celery.worker.strategy import default as default_strategy
 
+from omnirt_tasks.chunking import ChunkingTask
 from omnirt_tasks.contract import JobState
 from omnirt_tasks.contract.base import JsonObject
-from omnirt_tasks.errors import Internal, OmnirtError, StoreUnavailable, WorkerLost, error_from
-from omnirt_tasks.jobs.store import StoredJob
-from omnirt_tasks.tasks import GENERATE, send_job
+from omnirt_tasks.errors import StoreUnavailable, WorkerLost
+from omnirt_tasks.jobs.store import StoredJob, WakeUp
 from workers.attempts import AttemptRunner
-from workers.attempts.endings import LEAVING, AttemptEnd
+from workers.attempts.endings import LEAVING, NO_ROOM, AttemptEnd
 
 logger = logging.getLogger(__name__)
 
@@ -39,20 +38,17 @@ def strategy(task: Any, app: Any, consumer: Any) -> Callable[..., Any]:
     return take_if_sound
 
 
-class GenerateTask(Task):  # type: ignore[type-arg]  # the stubs' parameters do not exist at run time
-    """`omnirt.generate`: runs the job with the given id.
+class GenerateTask(ChunkingTask):
+    """`omnirt.generate`: runs the job with the given id, or the part of one.
 
     Flower and `celery result ID` see it as SUCCESS with the outputs' addresses, as FAILURE with the job's error, as
-    REVOKED when it was cancelled, and as RETRY while it waits for its next attempt.
+    REVOKED when it was cancelled, and as RETRY while it waits for its next attempt. They see so each part of a job that
+    was split, and the whole once it is over.
     """
 
-    name = GENERATE
-    # The message of a job that is over, or that runs elsewhere, must not touch what is stored: so `run` itself tells
-    # that a job has started, once the device has it.
-    track_started = False
-    throws = (OmnirtError,)  # in the log a line, without a traceback
     Strategy = f"{__name__}:strategy"
     runner: AttemptRunner | None = None
+    to_front: Callable[[WakeUp], object] | None = None  # lets a message that was sent be the next one to be taken
 
     def run(self, job_id: object) -> JsonObject:
         """The outcome of the job as a small value; its record has the rest."""
@@ -69,16 +65,16 @@ class GenerateTask(Task):  # type: ignore[type-arg]  # the stubs' parameters do 
             raise Ignore from error
         if end is None:
             raise Ignore
+        if end.whole is not None and not _ended_by_another(end, end.whole):
+            with _telling(end.whole.record.id):
+                self.tell_whole(end.whole)
         return self._told(end)
 
     def _told(self, end: AttemptEnd) -> JsonObject:
         record = end.job.record
         match record.state:
-            case JobState.SUCCEEDED if record.result is not None:
-                urls = [output.url for output in record.result.outputs]
-                return {"job_id": record.id, "state": str(record.state), "outputs": list(urls)}
-            case JobState.FAILED:
-                raise Internal("The job failed.") if record.error is None else error_from(record.error)
+            case JobState.SUCCEEDED | JobState.FAILED:
+                return self.outcome(end.job)
             case JobState.CANCELLED:
                 with _telling(record.id):
                     self.backend.mark_as_revoked(record.id, "cancelled", request=self.request)
@@ -91,18 +87,27 @@ class GenerateTask(Task):  # type: ignore[type-arg]  # the stubs' parameters do 
                     self.backend.mark_as_retry(record.id, again, request=self.request)
                     self.send_event("task-retried", exception=reason, traceback="")
                 if end.to_send:
-                    self._send(end.job)
+                    self._send(end)
         raise Ignore
 
-    def _send(self, job: StoredJob) -> None:
+    def _send(self, end: AttemptEnd) -> None:
         try:
-            send_job(self.app, job.record.id, job.queue, traceparent=job.traceparent)
+            self.send(end.job)
+            if end.requeue == NO_ROOM and self.to_front is not None:  # it had come to its turn
+                for wake_up in end.job.wake_ups:
+                    self.to_front(wake_up)
         except StoreUnavailable as error:
-            logger.warning("Job %s: the message waits for the reconciler: %s", job.record.id, error)
+            logger.warning("Job %s: the message waits for the reconciler: %s", end.job.record.id, error)
 
     def _tell_started(self) -> None:
         with _telling(self.request.id):
             self.update_state(state="STARTED", meta={"pid": os.getpid(), "hostname": self.request.hostname})
+
+
+def _ended_by_another(end: AttemptEnd, whole: StoredJob) -> bool:
+    """Whether the whole job succeeded with another part: those that shared their last forward pass end at once."""
+    finished_at_ms = end.job.record.finished_at_ms
+    return whole.record.state is JobState.SUCCEEDED and finished_at_ms != whole.record.finished_at_ms
 
 
 @contextmanager

@@ -140,7 +140,7 @@ def test_a_job_that_had_too_little_memory_beside_others_is_tried_alone_before_it
 ) -> None:
     processes.worker(system.settings, STUB_QUEUE)
     (neighbour,) = running_neighbours(system, count=1)
-    greedy = system.submit(steps=2, num_images_per_prompt=2, oom_above_chunk=1)
+    greedy = system.submit(steps=2, oom_above_chunk=0)
 
     job = system.finished(greedy, LONG_S)
 

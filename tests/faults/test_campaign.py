@@ -103,6 +103,11 @@ def _report(stories: list[Story], cluster: Cluster) -> None:
         jobs = [client.job(story.job_id) for story in stories if story.job_id is not None]
     ends = Counter((job.state.value, job.error.code if job.error else "") for job in jobs)
     _tell(f"ends: {dict(ends)}; attempts: {dict(sorted(Counter(job.attempt for job in jobs).items()))}")
+    reports = [job.result.metadata for job in jobs if job.result is not None]
+    _tell(
+        f"{sum(report.batch_size > 1 for report in reports)} of {len(reports)} shared forward passes, "
+        f"{sum(job.parts is not None for job in jobs)} were split"
+    )
     _tell("\n".join(cluster.unforeseen))
     _tell("exits: " + ", ".join(f"{member.name} {dict(Counter(member.exits))}" for member in cluster.members))
 

@@ -65,7 +65,7 @@ class Worker:
             queues=(STUB_QUEUE,),
             worker_id="w1",
             concurrency=THREADS,
-            resend=lambda job_id, queue: None,
+            resend=lambda _: None,
             consumption=self.consumption,
         )
 

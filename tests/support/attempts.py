@@ -22,6 +22,7 @@ from omnirt_tasks.contract import (
 from omnirt_tasks.errors import StoreUnavailable
 from omnirt_tasks.jobs.memory import MemoryJobStore
 from omnirt_tasks.jobs.store import Claim, EventDraft, Lease, MustRunAlone, NewJob, Outcome, StoredJob
+from omnirt_tasks.splitting import split
 from omnirt_tasks.uploads import UploadStorage
 from tests.support.waiting import eventually
 from workers.attempts import AttemptRunner
@@ -75,8 +76,10 @@ class ScriptedHost:
         return True
 
     def succeed(self, job_id: str, content: bytes = b"picture") -> None:
-        (self.orders[job_id].output_dir / "0.png").write_bytes(content)
-        output = OutputFile("0.png", 0, ArtifactKind.IMAGE, "image/png", seed=1)
+        order = self.orders[job_id]
+        name = f"{order.first_output}.png"
+        (order.output_dir / name).write_bytes(content)
+        output = OutputFile(name, order.first_output, ArtifactKind.IMAGE, "image/png", seed=1)
         facts = RunFacts(ExecutionMode.LEGACY_CALL, {"denoise": 1.0}, (), {})
         self._futures[job_id].set_result(RunSucceeded((output,), facts))
 
@@ -185,6 +188,19 @@ class Bench:
         )
         self.store.create(NewJob(id=job_id, owner="", queue=QUEUE, request={}, resolved=resolved))
         return job_id
+
+    def queue_split(self, job_id: str = "job-1", *, pictures: int = 2) -> list[str]:
+        """A new job of so many pictures, each a part of its own; the ids of the parts."""
+        resolved = ResolvedRequest(
+            task=Task.TEXT2IMAGE,
+            model="stub",
+            backend="cpu-stub",
+            inputs=Inputs(prompt="x"),
+            config={"seed": 1, "num_images_per_prompt": pictures},
+        )
+        parts = split(resolved, pictures_per_part=1)
+        job = self.store.create(NewJob(id=job_id, owner="", queue=QUEUE, request={}, resolved=resolved, parts=parts))
+        return list(job.parts)
 
     def begin(self, job_id: str) -> threading.Thread:
         self.ended.pop(job_id, None)

@@ -14,7 +14,8 @@ class Collector:
 
     def __init__(self) -> None:
         self.services: list[str] = []
-        self.spans: dict[str, Span] = {}
+        self.spans: dict[str, Span] = {}  # the newest of each name
+        self.received: list[Span] = []
         collector = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -38,7 +39,9 @@ class Collector:
     def keep(self, sent: ExportTraceServiceRequest) -> None:
         for resource in sent.resource_spans:
             self.services += [a.value.string_value for a in resource.resource.attributes if a.key == "service.name"]
-            self.spans |= {span.name: span for scope in resource.scope_spans for span in scope.spans}
+            spans = [span for scope in resource.scope_spans for span in scope.spans]
+            self.received += spans
+            self.spans |= {span.name: span for span in spans}
 
     def __enter__(self) -> Self:
         return self

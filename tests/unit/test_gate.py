@@ -26,16 +26,23 @@ def waiting(gate: Gate, place: Place, *, alone: bool) -> Iterator[list[bool]]:
         thread.join()
 
 
+def entered(gate: Gate, place: Place) -> bool:
+    """Whether it could go in at once, to stay beside others."""
+    went_in = gate.enter(place, alone=False, timeout_s=AT_ONCE_S)
+    gate.settle(place)
+    return went_in
+
+
 def test_those_beside_others_enter_at_once_and_know_of_each_other() -> None:
     gate = Gate()
     first, second, third = gate.arrive(), gate.arrive(), gate.arrive()
 
-    assert gate.enter(first, alone=False, timeout_s=AT_ONCE_S)
+    assert entered(gate, first)
     assert not first.accompanied
-    assert gate.enter(second, alone=False, timeout_s=AT_ONCE_S)
+    assert entered(gate, second)
     gate.leave(second)
     gate.leave(first)
-    assert gate.enter(third, alone=False, timeout_s=AT_ONCE_S)
+    assert entered(gate, third)
 
     assert (first.accompanied, second.accompanied, third.accompanied) == (True, True, False)
 
@@ -43,15 +50,15 @@ def test_those_beside_others_enter_at_once_and_know_of_each_other() -> None:
 def test_who_is_to_be_alone_waits_until_everybody_left_and_lets_nobody_in_before() -> None:
     gate = Gate()
     inside, alone, late = gate.arrive(), gate.arrive(), gate.arrive()
-    assert gate.enter(inside, alone=False, timeout_s=AT_ONCE_S)
+    assert entered(gate, inside)
 
     assert not gate.enter(alone, alone=True, timeout_s=AT_ONCE_S)
-    assert not gate.enter(late, alone=False, timeout_s=AT_ONCE_S), "he came later"
+    assert not entered(gate, late), "he came later"
 
     with waiting(gate, alone, alone=True) as told:
         gate.leave(inside)
     assert told == [True]
-    assert not gate.enter(late, alone=False, timeout_s=AT_ONCE_S), "somebody is alone inside"
+    assert not entered(gate, late), "somebody is alone inside"
     with waiting(gate, late, alone=False) as told:
         gate.leave(alone)
     assert told == [True]
@@ -61,8 +68,8 @@ def test_who_is_to_be_alone_waits_until_everybody_left_and_lets_nobody_in_before
 def test_who_learns_inside_that_he_is_to_be_alone_keeps_his_turn() -> None:
     gate = Gate()
     first, second = gate.arrive(), gate.arrive()
-    assert gate.enter(first, alone=False, timeout_s=AT_ONCE_S)
-    assert gate.enter(second, alone=False, timeout_s=AT_ONCE_S)
+    assert entered(gate, first)
+    assert entered(gate, second)
 
     assert not gate.enter(second, alone=True, timeout_s=AT_ONCE_S)
     assert gate.enter(first, alone=True, timeout_s=AT_ONCE_S)
@@ -75,7 +82,7 @@ def test_who_learns_inside_that_he_is_to_be_alone_keeps_his_turn() -> None:
 def test_who_leaves_the_line_holds_nobody_up() -> None:
     gate = Gate()
     inside, alone, late = gate.arrive(), gate.arrive(), gate.arrive()
-    gate.enter(inside, alone=False, timeout_s=AT_ONCE_S)
+    entered(gate, inside)
     gate.enter(alone, alone=True, timeout_s=AT_ONCE_S)
 
     with waiting(gate, late, alone=False) as told:
@@ -88,7 +95,7 @@ def test_who_leaves_the_line_holds_nobody_up() -> None:
 def test_a_wake_lets_who_waits_look_around() -> None:
     gate = Gate()
     inside, alone = gate.arrive(), gate.arrive()
-    gate.enter(inside, alone=False, timeout_s=AT_ONCE_S)
+    entered(gate, inside)
 
     with waiting(gate, alone, alone=True) as told:
 
@@ -105,7 +112,7 @@ def test_it_is_told_when_it_gets_crowded_and_when_that_is_over() -> None:
     told: list[bool] = []
     gate = Gate(told.append)
     inside, alone, other = gate.arrive(), gate.arrive(), gate.arrive()
-    gate.enter(inside, alone=False, timeout_s=AT_ONCE_S)
+    entered(gate, inside)
     assert told == []
 
     gate.enter(alone, alone=True, timeout_s=AT_ONCE_S)
@@ -117,6 +124,79 @@ def test_it_is_told_when_it_gets_crowded_and_when_that_is_over() -> None:
     assert told == [True], "the next one waits"
     gate.leave(other)
     assert told == [True, False]
+
+
+def test_while_one_inside_waits_nobody_comes_in_and_it_is_told_so() -> None:
+    told: list[bool] = []
+    gate = Gate(told.append)
+    waits, late = gate.arrive(), gate.arrive()
+    assert entered(gate, waits)
+
+    assert gate.wait(waits) == ()
+    assert not entered(gate, late)
+    assert gate.held_up(late)
+    assert not gate.held_up(waits)
+    gate.go_on(waits)
+
+    assert entered(gate, late)
+    assert told == [True, False]
+
+
+def test_of_several_that_wait_all_but_the_first_that_came_are_surplus() -> None:
+    gate = Gate()
+    first, second, third = gate.arrive(), gate.arrive(), gate.arrive()
+    for place in (first, second, third):
+        assert entered(gate, place)
+
+    assert gate.wait(second) == ()
+    assert gate.wait(third) == (third,)
+    assert gate.wait(first) == (second, third)
+
+    assert [place.surplus for place in (first, second, third)] == [False, True, True]
+    gate.go_on(second)
+    assert not second.surplus
+
+
+def test_those_that_wait_make_way_for_one_that_waits_to_be_alone() -> None:
+    gate = Gate()
+    inside, alone, waits = gate.arrive(), gate.arrive(), gate.arrive()
+    for place in (inside, waits):
+        assert entered(gate, place)
+    assert not gate.enter(alone, alone=True, timeout_s=AT_ONCE_S)
+
+    assert gate.wait(waits) == (waits,)
+    assert gate.wait(inside) == (inside, waits), "other workers count on the one that waits to be alone"
+
+
+def test_one_that_holds_the_device_is_the_first_or_is_told_that_it_is_not_and_is_never_surplus() -> None:
+    gate = Gate()
+    first, second = gate.arrive(), gate.arrive()
+    for place in (first, second):
+        assert entered(gate, place)
+
+    assert gate.hold(first)
+    assert not gate.hold(second)
+    assert gate.wait(second) == (), "it would have to be ended in the midst of its work"
+
+    gate.leave(first)
+    assert gate.hold(second)
+
+
+def test_the_next_comes_in_once_the_one_before_knows_that_it_need_not_be_alone() -> None:
+    gate = Gate()
+    first, second, third = gate.arrive(), gate.arrive(), gate.arrive()
+    assert gate.enter(first, alone=False, timeout_s=AT_ONCE_S)
+
+    with waiting(gate, second, alone=False) as told:
+        assert not told
+        gate.settle(first)
+    assert told == [True]
+
+    gate.leave(first)
+    assert gate.enter(second, alone=True, timeout_s=AT_ONCE_S), (
+        "it learned that it is to be alone, and nobody is beside"
+    )
+    assert not gate.enter(third, alone=False, timeout_s=LONG_S, unless_held_up=True), "at once, since it is held up"
 
 
 @given(st.lists(st.tuples(st.sampled_from(["arrive", "alone", "leave"]), st.integers(0, 5)), max_size=60))
@@ -133,6 +213,7 @@ def test_nobody_is_beside_one_who_is_alone_and_nobody_overtakes(moves: list[tupl
             before = list(inside)
             for place in [place for place in reversed(wishes) if place not in inside]:
                 if gate.enter(place, alone=wishes[place], timeout_s=AT_ONCE_S):
+                    gate.settle(place)
                     inside.append(place)
 
     for move, index in moves:

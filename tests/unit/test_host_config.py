@@ -1,5 +1,6 @@
 """What the device side of a worker is made from, and where it lives."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,6 +45,14 @@ def test_the_workers_that_share_a_processor_share_its_memory() -> None:
     assert config_of(cpu_devices=4).memory_budget_bytes == int(BUDGET_SHARE * host_bytes / 4)
     assert config_of().memory_budget_bytes is None, "alone it is the host's to say"
     assert config_of(cpu_devices=4, memory_budget_bytes=10**9).memory_budget_bytes == 10**9
+
+
+def test_how_jobs_share_forward_passes_is_the_settings_to_say_and_kept_for_each_device(tmp_path: Path) -> None:
+    config = config_of(max_batch_size=3, batch_window_ms=20, data_dir=tmp_path)
+
+    assert (config.max_batch_size, config.batch_window_ms) == (3, 20)
+    assert config.chunk_table == tmp_path / "chunks" / "cpu-cpu-0.json"
+    assert config_of().max_batch_size is None
 
 
 def test_a_warm_up_of_what_is_not_served_is_refused_by_name() -> None:

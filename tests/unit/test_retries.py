@@ -10,8 +10,10 @@ POLICY = RetryPolicy(retries_max=2, backoff_s=1.0)
 AVOID_MS = round(LEFT_TO_OTHERS_S * 1000)
 
 
-def failure(code: str, *, retries: int = 0, accompanied: bool = False, elsewhere: bool = False) -> Failure:
-    return Failure(ErrorInfo(code=code, message="told"), retries, accompanied, elsewhere)
+def failure(
+    code: str, *, retries: int = 0, accompanied: bool = False, elsewhere: bool = False, part_unproven: bool = False
+) -> Failure:
+    return Failure(ErrorInfo(code=code, message="told"), retries, accompanied, elsewhere, part_unproven)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +39,14 @@ def failure(code: str, *, retries: int = 0, accompanied: bool = False, elsewhere
         (failure("insufficient_memory", accompanied=True), None),
         (failure("non_finite_output"), None),
         (failure("timeout", elsewhere=True), None),
+        # A part of a job is tried once with a device to itself before the whole job fails with it.
+        (failure("model_failed", part_unproven=True, elsewhere=True), Requeue("model_failed", alone=True)),
+        (failure("non_finite_output", part_unproven=True), Requeue("non_finite_output", alone=True)),
+        (failure("out_of_memory", part_unproven=True), Requeue("out_of_memory", alone=True)),
+        (failure("timeout", part_unproven=True), None),
+        # What may pass by itself is waited for first, as for any job.
+        (failure("storage_error", part_unproven=True), Requeue("storage_error", retry=True, delay_ms=1_000)),
+        (failure("storage_error", part_unproven=True, retries=2), Requeue("storage_error", alone=True)),
     ],
 )
 def test_a_failure_is_tried_again_only_where_that_may_help(failed: Failure, expected: Requeue | None) -> None:

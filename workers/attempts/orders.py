@@ -52,7 +52,7 @@ class Orders:
             shutil.rmtree(folder, ignore_errors=True)  # a run that was abandoned may still write here
 
     def make(self, run: Run, folder: Path) -> RunOrder:
-        """The run's order, with its inputs fetched.
+        """The run's order, with its inputs fetched; one that was claimed alone shares no device call either.
 
         Raises what an input that is gone, or a storage that is away, raises; and OSError for the folder.
         """
@@ -73,6 +73,8 @@ class Orders:
             preview_every_steps=self._preview_every_steps,
             checkpoint_dir=folder / CHECKPOINTS,
             resume_from=self._checkpoints.fetch(run.job, folder / RESUME),
+            alone=run.place.alone,
+            first_output=0 if run.job.part is None else run.job.part.first_output,
         )
 
     def _fetch(self, reference: str, target: Path) -> None:
@@ -85,4 +87,7 @@ class Orders:
             source = self._patiently(lambda: self._store.get(job_id), "read")
         except JobNotFound:
             raise ArtifactNotFound(f"The job of the artifact {name!r} is gone.") from None
-        self._artifacts.fetch(job_id, source.record.attempt, name, target)
+        origin = source.origins.get(name)
+        if origin is None:
+            raise ArtifactNotFound(f"The job of the artifact {name!r} has none of that name.")
+        self._artifacts.fetch(origin.job_id, origin.attempt, name, target)

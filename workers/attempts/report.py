@@ -48,7 +48,7 @@ def make_result(
     events: Sequence[Event],
     worker_id: str,
 ) -> GenerateResult:
-    """The result of a run that made its outputs; `events` is the log since it began."""
+    """The result of a run that made its outputs; `events` are the run's own, since it began."""
     record = job.record
     started_at_ms = record.started_at_ms
     peak = facts.peak_memory_bytes
@@ -80,12 +80,20 @@ def make_result(
         cache_hits=facts.cache_hits,
         device_placement=facts.device_placement,
         batch_size=facts.batch_size,
+        batch_size_mean=facts.batch_size_mean,
         batch_group_id=facts.batch_group_id,
         stream_events=_told(events),
         attempts=lease.attempt,
         warnings=job.resolved.warnings,
     )
     return GenerateResult(outputs=artifacts, metadata=report)
+
+
+def own_events(job: StoredJob, events: Sequence[Event]) -> Sequence[Event]:
+    """Those of the events that are the job's own; a part's are in the log of the whole, among those of the others."""
+    if job.part is None:
+        return events
+    return [event for event in events if event.data.get("part") == job.part.number]
 
 
 def _told(events: Sequence[Event]) -> tuple[Event, ...]:

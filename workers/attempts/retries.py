@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from omnirt_tasks.contract import ErrorInfo
-from omnirt_tasks.errors import OutOfMemory, error_from
+from omnirt_tasks.errors import JobTimeout, OutOfMemory, error_from
 from omnirt_tasks.jobs.store import Requeue
 
 GROWTH = 4
@@ -27,25 +27,30 @@ class Failure:
     """An attempt that failed: what the decision rests on.
 
     `retries` is how often the job was tried again already, `accompanied` whether the attempt shared its device with
-    others, `elsewhere` whether another live worker could run the job.
+    others, `elsewhere` whether another live worker could run the job. `part_unproven` says that it is a part of a job
+    that was split, and was not yet tried with a device to itself.
     """
 
     error: ErrorInfo
     retries: int
     accompanied: bool
     elsewhere: bool
+    part_unproven: bool = False
 
 
 def requeue_after(failure: Failure, policy: RetryPolicy) -> Requeue | None:
-    """How the job goes back to its queue; None where nothing would come of it, and it has failed."""
+    """How the job goes back to its queue; None where nothing would come of it, and it has failed.
+
+    A part of a job is not given up, and all the others with it, before it was tried alone, whatever its error says.
+    """
     error = failure.error
-    if error.code == OutOfMemory.code:
-        return Requeue(error.code, alone=True) if failure.accompanied else None
-    if not error_from(error).tried_again or failure.retries >= policy.retries_max:
-        return None
-    return Requeue(
-        error.code,
-        retry=True,
-        delay_ms=round(policy.backoff_s * 1000 * GROWTH**failure.retries),
-        avoid_ms=round(LEFT_TO_OTHERS_S * 1000) if failure.elsewhere else 0,
-    )
+    if error_from(error).tried_again and failure.retries < policy.retries_max:
+        return Requeue(
+            error.code,
+            retry=True,
+            delay_ms=round(policy.backoff_s * 1000 * GROWTH**failure.retries),
+            avoid_ms=round(LEFT_TO_OTHERS_S * 1000) if failure.elsewhere else 0,
+        )
+    lacked_room = failure.accompanied and error.code == OutOfMemory.code
+    unproven = failure.part_unproven and error.code != JobTimeout.code
+    return Requeue(error.code, alone=True) if lacked_room or unproven else None

@@ -1,36 +1,37 @@
 """One attempt of a job, from claim to commit.
 
-gate ─► claim ─► inputs to scratch ─► host.submit ─► outcome ─► files published ─► commit
-│            events ─► flusher ─► store      │
-├─ None: drop the message                    └─ back to its queue, or nothing when the lease is lost
-└─ MustRunAlone: back to the gate, to be alone
+gate, claim ─► inputs to scratch ─► host.submit ─► outcome ─► files published ─► commit
+│                events ─► flusher ─► store   │
+│                     └─► gate: it waits      └─ back to its queue, or nothing when the lease is lost
+└─ none: drop the message, or send it again
 """
 
 import contextlib
 import logging
-import secrets
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Container, Iterator
 from pathlib import Path
 
 from omnirt_tasks.artifacts import ArtifactStorage
-from omnirt_tasks.contract import EventName, ExecutionMode, JobState
-from omnirt_tasks.errors import JobNotFound, JobTimeout, OmnirtError, StoreUnavailable
-from omnirt_tasks.jobs.store import Claim, EventDraft, JobStore, Lease, MustRunAlone, StoredJob
+from omnirt_tasks.contract import EventName, ExecutionMode
+from omnirt_tasks.errors import OmnirtError, StoreUnavailable
+from omnirt_tasks.jobs.store import Claim, EventDraft, JobStore, Lease, Origin, StoredJob
 from omnirt_tasks.observability.logs import bound
 from omnirt_tasks.observability.metrics import DeviceMetrics
 from omnirt_tasks.observability.tracing import Tracing
 from omnirt_tasks.uploads import UploadStorage
 from workers.attempts.checkpoint_keeper import CheckpointKeeper
+from workers.attempts.claiming import Claiming
 from workers.attempts.deaf_runs import DeafRuns
 from workers.attempts.endings import Address, AttemptEnd, Endings, fault
 from workers.attempts.event_flusher import EventBuffer, EventFlusher
-from workers.attempts.gate import Gate, Place
+from workers.attempts.gate import Gate
 from workers.attempts.leases import LeaseKeeper
 from workers.attempts.orders import Orders
 from workers.attempts.patience import LEAVING_PATIENCE_S, Patience
 from workers.attempts.retries import RetryPolicy
 from workers.attempts.runs import Run, TimeLimit
+from workers.context import WAITING
 from workers.host import (
     DeviceHost,
     HostEvent,
@@ -44,13 +45,11 @@ from workers.host import (
 logger = logging.getLogger(__name__)
 
 ABANDON_AFTER_S = 5.0
-LOOK_EVERY_S = 1.0
-"""How often a job that waits at the gate is looked at: another worker may have taken it."""
 
 
-def gateway_address(lease: Lease, name: str) -> tuple[str, str | None]:
+def gateway_address(job_id: str, _origin: Origin, name: str) -> tuple[str, str | None]:
     """Where the gateway serves an output."""
-    url = f"/v1/jobs/{lease.job_id}/artifacts/{name}"
+    url = f"/v1/jobs/{job_id}/artifacts/{name}"
     return url, url
 
 
@@ -64,10 +63,13 @@ class AttemptRunner:
     once for each: from then on the device cannot be trusted. A run that is cancelled or given back while its model
     loads, with the device free, is settled without it too, and no reason to trust the device less.
 
-    A job that is to run alone has the device to itself; `on_crowded` is told while one waits for that or has it, from
-    any thread: no further job could begin. An error that another attempt may not meet is tried again `retries_max`
-    times, at first after `retry_backoff_s`, and where `serves_elsewhere` says that another worker could, there.
-    Only jobs of `queues` are begun (None: of any).
+    A job that is to run alone has the device to itself, one of `models_holding` has it as a whole, beside others that
+    run; some wait for memory. `on_crowded` is told while one has it so, or waits, from any thread: no further job could
+    begin. One that came to wait behind it all the same goes back to its queue, if `serves_elsewhere` says that another
+    worker could run it.
+
+    An error that another attempt may not meet is tried again `retries_max` times, at first after `retry_backoff_s`, and
+    elsewhere if it can be. Only jobs of `queues` are begun (None: of any).
     `address` tells where an output will be found, `execution_mode` how every model of the host is run, where that is
     known.
     """
@@ -85,6 +87,7 @@ class AttemptRunner:
         job_timeout_s: float,
         preview_every_steps: int,
         queues: Collection[str] | None = None,
+        models_holding: Container[str] = (),
         retries_max: int = 2,
         retry_backoff_s: float = 1.0,
         serves_elsewhere: Callable[[StoredJob], bool] = lambda _: False,
@@ -100,10 +103,9 @@ class AttemptRunner:
         self._store = store
         self._host = host
         self._worker_id = worker_id
-        self._lease_ttl_ms = round(lease_ttl_s * 1000)
         self._job_timeout_s = job_timeout_s
-        self._execution_mode = execution_mode
-        self._queues = queues
+        self._models_holding = models_holding
+        self._serves_elsewhere = serves_elsewhere
         self._tracing = tracing
         self._metrics = metrics
         self._abandon_after_s = abandon_after_s
@@ -114,6 +116,17 @@ class AttemptRunner:
         self._runs: dict[str, Run] = {}
         self._patiently = Patience(self._leaving)
         self._gate = Gate(on_crowded)
+        self._claiming = Claiming(
+            store=store,
+            gate=self._gate,
+            patiently=self._patiently,
+            leaving=self._leaving,
+            serves_elsewhere=serves_elsewhere,
+            worker_id=worker_id,
+            lease_ttl_s=lease_ttl_s,
+            queues=queues,
+            execution_mode=execution_mode,
+        )
         self._deaf = DeafRuns(host, patience_s=abandon_after_s, on_stuck=on_stuck)
         self._checkpoints = CheckpointKeeper(store, artifacts)
         self._orders = Orders(
@@ -191,15 +204,13 @@ class AttemptRunner:
         self._keeper.close()
         self._flusher.close()
 
-    # Before the run
-
     def _run(self, job_id: str, on_begun: Callable[[], None]) -> AttemptEnd | None:
         run: Run | None = None
         place = self._gate.arrive()
         try:
-            claim = self._claimed(job_id, place)
-            if claim is None:
-                return self._not_begun(job_id)
+            claim = self._claiming.claim(job_id, place)
+            if not isinstance(claim, Claim):
+                return self._endings.with_whole(self._claiming.not_begun(job_id, claim))
             run = Run(
                 claim,
                 place,
@@ -214,71 +225,6 @@ class AttemptRunner:
                 self._gate.leave(place)
             else:  # one that was left on the device is still beside whoever comes
                 run.once_off_device(lambda: self._gate.leave(place))
-
-    def _claimed(self, job_id: str, place: Place) -> Claim | None:
-        if not self._entered(place, lambda: self._is_queued(job_id)):
-            return None
-        claim = self._claim(job_id)
-        if not isinstance(claim, MustRunAlone):
-            return claim
-        if claim.awaited:  # by another worker: here it begins only if it can at once
-            entered = self._gate.enter(place, alone=True, timeout_s=0.0)
-        else:
-            entered = self._entered(place, lambda: self._is_awaited_here(job_id), alone=True)
-        if not entered:
-            return None
-        claim = self._claim(job_id, alone=True)
-        assert not isinstance(claim, MustRunAlone), "a claim that promises to be alone is not told to be"
-        return claim
-
-    def _claim(self, job_id: str, *, alone: bool = False) -> Claim | MustRunAlone | None:
-        token = secrets.token_hex(16)  # one for all tries: what was won is ours, though the answer be lost
-
-        return self._patiently(lambda: self._try_claim(job_id, token, alone=alone), "claimed")
-
-    def _try_claim(self, job_id: str, token: str, *, alone: bool) -> Claim | MustRunAlone | None:
-        return self._store.claim(
-            job_id,
-            worker_id=self._worker_id,
-            lease_ttl_ms=self._lease_ttl_ms,
-            execution_mode=self._execution_mode,
-            alone=alone,
-            queues=self._queues,
-            token=token,
-        )
-
-    def _entered(self, place: Place, still_waits: Callable[[], bool], *, alone: bool = False) -> bool:
-        """Whether the job's turn came while it waited; unclaimed, so that another worker may take it first."""
-        while not self._leaving.is_set():
-            if self._gate.enter(place, alone=alone, timeout_s=LOOK_EVERY_S):
-                return not self._leaving.is_set()  # its turn may have come because the others left
-            with contextlib.suppress(StoreUnavailable):
-                if not still_waits():
-                    return False
-        return False
-
-    def _is_queued(self, job_id: str) -> bool:
-        try:
-            return self._store.get(job_id).record.state is JobState.QUEUED
-        except JobNotFound:
-            return False
-
-    def _is_awaited_here(self, job_id: str) -> bool:
-        """Whether the job still waits for this device, which says so by asking."""
-        answer = self._try_claim(job_id, secrets.token_hex(16), alone=False)
-        return isinstance(answer, MustRunAlone) and not answer.awaited
-
-    def _not_begun(self, job_id: str) -> AttemptEnd | None:
-        try:
-            job = self._patiently(lambda: self._store.get(job_id), "read")
-        except JobNotFound:
-            return None
-        record = job.record
-        too_late = record.error is not None and record.error.code == JobTimeout.code
-        to_give_back = record.state is JobState.QUEUED and self._leaving.is_set()
-        return AttemptEnd(job) if record.state is JobState.CANCELLED or too_late or to_give_back else None
-
-    # The run
 
     def _attempt(self, run: Run, on_begun: Callable[[], None]) -> AttemptEnd | None:
         buffer = self._flusher.open(run.lease)
@@ -306,8 +252,14 @@ class AttemptRunner:
     def _work(self, run: Run, order: RunOrder, buffer: EventBuffer, on_begun: Callable[[], None]) -> RunOutcome:
         if (reason := run.interrupted_by()) is not None:
             return RunInterrupted(reason)
+        if run.job.resolved.model in self._models_holding:
+            alone_in_that = self._gate.hold(run.place)
+            if not alone_in_that and self._serves_elsewhere(run.job):
+                return RunInterrupted(InterruptReason.NO_ROOM)
 
         def on_event(event: HostEvent) -> None:
+            if event.stage == WAITING:
+                self._note_waiting(run, begins=event.event is EventName.STAGE_START)
             if event.event is EventName.CHECKPOINT:
                 self._checkpoints.hear(run, order, event)  # told to the job once it is kept
             else:
@@ -324,15 +276,27 @@ class AttemptRunner:
                 self._stop(run, InterruptReason.TIMEOUT)
             if run.abandoned:
                 return self._deaf.abandon(run)
+            if run.place.surplus and run.interrupted_by() is None and self._serves_elsewhere(run.job):
+                self._stop(run, InterruptReason.NO_ROOM)
             if (made := run.take_checkpoint()) is not None:
                 self._checkpoints.keep(run, made)
             else:
                 run.wait()
         outcome = future.result()
-        self._measure(outcome)
+        self._measure(run.job.resolved.model, outcome)
         return outcome
 
     # Small parts
+
+    def _note_waiting(self, run: Run, *, begins: bool) -> None:
+        if not begins:
+            self._gate.go_on(run.place)
+            return
+        surplus = self._gate.wait(run.place)
+        with self._changed:
+            runs = [each for each in self._runs.values() if each.place in surplus]
+        for each in runs:
+            each.wake()
 
     def _stop(self, run: Run, reason: InterruptReason) -> None:
         if run.interrupt(reason):
@@ -365,10 +329,12 @@ class AttemptRunner:
             stack.enter_context(bound(job_id=lease.job_id, model=model, worker=self._worker_id))
             if self._tracing is not None:
                 attributes: dict[str, str | int] = {
-                    "omnirt.job_id": lease.job_id,
+                    "omnirt.job_id": run.job_id,
                     "omnirt.model": model,
                     "omnirt.attempt": lease.attempt,
                 }
+                if run.job.part is not None:
+                    attributes["omnirt.part"] = run.job.part.number
                 span = self._tracing.span("omnirt.attempt", traceparent=run.job.traceparent, attributes=attributes)
                 stack.enter_context(span)
             yield
@@ -381,8 +347,9 @@ class AttemptRunner:
         elif event.event is EventName.CACHE_HIT:
             self._metrics.cache_hit(str(event.data.get("cache")))
 
-    def _measure(self, outcome: RunOutcome) -> None:
+    def _measure(self, model: str, outcome: RunOutcome) -> None:
         if self._metrics is None or not isinstance(outcome, RunSucceeded):
             return
+        self._metrics.chunk_shared(model, outcome.facts)
         if outcome.facts.peak_memory_bytes is not None:
             self._metrics.memory_peak(self._host.capability().device, outcome.facts.peak_memory_bytes)

@@ -80,6 +80,11 @@ class Run:
         self._made: MadeCheckpoint | None = None
         self._outcome: Future[RunOutcome] | None = None
 
+    @property
+    def job_id(self) -> str:
+        """The id by which a client knows the job: of the whole one, where it is a part."""
+        return self.lease.job_id if self.job.part is None else self.job.part.job_id
+
     def begun(self, outcome: "Future[RunOutcome]") -> None:
         """The device has it; its end wakes `wait`."""
         self._outcome = outcome
@@ -142,6 +147,10 @@ class Run:
     def abandoned(self) -> bool:
         """Whether it did not stop although it had to: its device call does not come back."""
         return self._clock() >= self._abandon_at_s
+
+    def wake(self) -> None:
+        """Let `wait` return."""
+        self._changed.set()
 
     def wait(self) -> None:
         """Return when something changed, or when `overdue` or `abandoned` may have become true."""

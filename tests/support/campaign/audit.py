@@ -24,6 +24,9 @@ ENDS = {
     Kind.FAILING: {JobState.FAILED},
     Kind.CRASHING: {JobState.SUCCEEDED},
     Kind.CANCELLED: {JobState.CANCELLED, JobState.SUCCEEDED},
+    Kind.SPLIT: {JobState.SUCCEEDED},
+    Kind.SPLIT_CANCELLED: {JobState.CANCELLED, JobState.SUCCEEDED},
+    Kind.TIGHT: {JobState.SUCCEEDED},
 }
 # Errors that the faults explain: a disk that stayed full for every try, and a killer that met the same lone job again.
 EXPLAINED = {"storage_error", "worker_lost"}
@@ -52,7 +55,7 @@ def complaints(stories: Sequence[Story], settings: Settings, url: str) -> Iterat
             if (code := _explained(job)) is not None:
                 explained[code] += 1
             yield from (f"{name}: {said}" for said in _of_life(story, job, log))
-            yield from (f"{name}: {said}" for said in _of_outputs(job, http))
+            yield from (f"{name}: {said}" for said in _of_outputs(story, job, http))
         accepted = {story.job_id for story in stories}
         yield from (f"job {job.id}: nobody submitted it" for job in client.jobs() if job.id not in accepted)
     if explained.total() > max(EXPLAINED_ALWAYS, EXPLAINED_SHARE_MAX * len(stories)):
@@ -76,23 +79,48 @@ def _of_life(story: Story, job: JobRecord, log: Sequence[Event]) -> Iterator[str
         yield f"its log has gaps: {[event.seq for event in log]}"
     if [event.terminal for event in log].count(True) != 1 or not log[-1].terminal:
         yield f"its log does not end once: {[event.event for event in log if event.terminal]}"
-    started = [event.data["attempt"] for event in log if event.event is EventName.JOB_STARTED]
-    if started != list(range(1, job.attempt + 1)):
-        yield f"attempts {started} were started, and the record says {job.attempt}"
+    yield from _of_attempts(job, log)
     if story.cancelled is CancelOutcome.CANCELLED and job.state is not JobState.CANCELLED:
         yield f"was cancelled while it waited, and ended {job.state}"
     if story.seen and [event.seq for event in story.seen] != [event.seq for event in log]:
         yield f"its watcher saw {[event.seq for event in story.seen]} of {len(log)} events"
 
 
-def _of_outputs(job: JobRecord, http: httpx.Client) -> Iterator[str]:
+def _of_attempts(job: JobRecord, log: Sequence[Event]) -> Iterator[str]:
+    started = [event.data["attempt"] for event in log if event.event is EventName.JOB_STARTED]
+    if job.parts is None:
+        if started != list(range(1, job.attempt + 1)):
+            yield f"attempts {started} were started, and the record says {job.attempt}"
+        return
+    if len(started) > 1:
+        yield f"a job of parts was started {len(started)} times"
+    by_part: dict[object, list[object]] = {}
+    for event in log:
+        if event.event is EventName.PART_STARTED:
+            by_part.setdefault(event.data["part"], []).append(event.data["attempt"])
+    for part, attempts in by_part.items():
+        if attempts != list(range(1, len(attempts) + 1)):
+            yield f"attempts {attempts} of its part {part} were started"
+    most = max(map(len, by_part.values()), default=0)
+    if most != job.attempt:
+        yield f"a part was started {most} times, and the record says {job.attempt}"
+    finished = [event.data["part"] for event in log if event.event is EventName.PART_FINISHED]
+    if len(set(finished)) != len(finished):
+        yield f"a part finished twice: {finished}"
+
+
+def _of_outputs(story: Story, job: JobRecord, http: httpx.Client) -> Iterator[str]:
     if job.state is not JobState.SUCCEEDED:
         return
     if job.result is None or not job.result.outputs:
         yield "succeeded without a result"
         return
+    planned = story.planned
+    outputs = [(output.index, output.seed) for output in job.result.outputs]
+    if outputs != [(picture, planned.number + picture) for picture in range(planned.pictures)]:
+        yield f"{planned.pictures} pictures were asked for, and its outputs are {outputs}"
     report = job.result.metadata
-    if (report.attempts, report.worker_id) != (job.attempt, job.worker_id):
+    if job.parts is None and (report.attempts, report.worker_id) != (job.attempt, job.worker_id):
         # Two attempts give the same picture, so nothing but this tells that one published which had lost its lease.
         yield f"attempt {report.attempts} ({report.worker_id}) published, and {job.attempt} ({job.worker_id}) held it"
     for output in job.result.outputs:
@@ -134,3 +162,5 @@ def _of_file(path: Path, place: Path, jobs: dict[str, list[str]]) -> Iterator[st
         yield f"{place} belongs to no job"
     elif jobs[job_id] != ["succeeded", attempt] or len(place.parts) != 3:
         yield f"{place} belongs to no attempt that counts ({jobs[job_id]})"
+    elif jobs[whole := job_id.partition(".")[0]][0] != "succeeded":
+        yield f"{place} belongs to a part of a job that is {jobs[whole][0]}"

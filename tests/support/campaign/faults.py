@@ -18,6 +18,7 @@ from celery import Celery
 from omnirt_tasks.celery_app import broker_prefix, make_app
 from omnirt_tasks.errors import StoreUnavailable
 from omnirt_tasks.jobs.connection import connect
+from omnirt_tasks.jobs.store import WakeUp, part_id
 from omnirt_tasks.tasks import GENERATE, send_job
 from tests.support.campaign.cluster import Cluster, Member, processes_below
 from tests.support.campaign.plan import Fault
@@ -120,7 +121,9 @@ class Injector:
         for _ in range(5):
             if (job_id := self._known_job()) is not None:
                 try:
-                    send_job(self._app, job_id, STUB_QUEUE)
+                    # That of a job that was split is nobody's, and its first part's may be anybody's.
+                    for sent in (job_id, part_id(job_id, 0)):
+                        send_job(self._app, WakeUp(sent, STUB_QUEUE))
                 except StoreUnavailable:
                     return
 

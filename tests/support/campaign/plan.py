@@ -1,9 +1,10 @@
 """What a campaign does, made from its seed alone: which jobs, and which faults between them."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from omnirt_tasks.contract import GenerateRequest
 from omnirt_tasks.requests import text2image
@@ -18,6 +19,9 @@ class Kind(StrEnum):
     FAILING = "failing"  # by its model's own fault
     CRASHING = "crashing"  # takes the device's process with it, once
     CANCELLED = "cancelled"
+    SPLIT = "split"  # into parts, for whichever workers
+    SPLIT_CANCELLED = "split and cancelled"
+    TIGHT = "tight"  # too large for the device together with others
 
 
 class Fault(StrEnum):
@@ -36,10 +40,22 @@ class Fault(StrEnum):
     DISK_FULL = "storage full for a while"
 
 
-KINDS = {Kind.QUICK: 40, Kind.SLOW: 20, Kind.DRAWING: 10, Kind.FAILING: 8, Kind.CRASHING: 7, Kind.CANCELLED: 15}
+KINDS = {
+    Kind.QUICK: 25,
+    Kind.SLOW: 15,
+    Kind.DRAWING: 10,
+    Kind.FAILING: 8,
+    Kind.CRASHING: 7,
+    Kind.CANCELLED: 12,
+    Kind.SPLIT: 12,
+    Kind.SPLIT_CANCELLED: 4,
+    Kind.TIGHT: 7,
+}
+PRIORITIES = ("high", "normal", "normal", "low")
 CRASHES = ("kill", "segv", "exit")
 COLOURS = ("red", "blue", "green")
 KEPT_EVERY_STEPS = 5
+PICTURES_MAX = 12
 
 
 @dataclass(frozen=True)
@@ -51,6 +67,7 @@ class PlannedJob:
     request: GenerateRequest
     watched: bool
     cancel_after_s: float | None
+    pictures: int = 1
 
 
 @dataclass(frozen=True)
@@ -73,27 +90,35 @@ def make_plan(seed: int, jobs: int, faults: int, kinds: Sequence[Fault] = tuple(
 
 def _job(number: int, rng: random.Random) -> PlannedJob:
     kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
-    prompt, seed = f"a large {rng.choice(COLOURS)} circle on a white background", number
+    pictures = 1
+    prompt = f"a large {rng.choice(COLOURS)} circle on a white background"
+    given: dict[str, object] = {"prompt": prompt, "seed": number, "priority": rng.choice(PRIORITIES)}
     match kind:
         case Kind.QUICK:
-            request = _stub(prompt, seed, num_inference_steps=rng.randint(2, 6), step_ms=10)
+            request = _stub(given, num_inference_steps=rng.randint(2, 6), step_ms=10)
         case Kind.SLOW | Kind.CANCELLED:
             steps = rng.randint(15, 40)
-            request = _stub(
-                prompt, seed, num_inference_steps=steps, step_ms=50, checkpoint_every_steps=KEPT_EVERY_STEPS
-            )
+            request = _stub(given, num_inference_steps=steps, step_ms=50, checkpoint_every_steps=KEPT_EVERY_STEPS)
+        case Kind.SPLIT | Kind.SPLIT_CANCELLED:
+            pictures = rng.randint(5, PICTURES_MAX)
+            request = _stub(given, num_inference_steps=rng.randint(4, 12), step_ms=30, num_images_per_prompt=pictures)
+        case Kind.TIGHT:
+            request = _stub(given, num_inference_steps=rng.randint(2, 6), step_ms=20, oom_above_chunk=2)
         case Kind.DRAWING:
-            request = text2image(model="shapes", prompt=prompt, seed=seed, num_inference_steps=rng.randint(3, 8))
+            request = _request("shapes", given, num_inference_steps=rng.randint(3, 8))
         case Kind.FAILING:
-            request = _stub(prompt, seed, num_inference_steps=4, step_ms=10, fail_at_step=2)
+            request = _stub(given, num_inference_steps=4, step_ms=10, fail_at_step=2)
         case Kind.CRASHING:
             crash = rng.choice(CRASHES)
-            request = _stub(
-                prompt, seed, num_inference_steps=4, step_ms=10, crash_at_step=2, crash_attempts=1, crash=crash
-            )
-    cancel_after_s = rng.uniform(0.0, 1.5) if kind is Kind.CANCELLED else None
-    return PlannedJob(number, kind, request, watched=rng.random() < 0.4, cancel_after_s=cancel_after_s)
+            request = _stub(given, num_inference_steps=4, step_ms=10, crash_at_step=2, crash_attempts=1, crash=crash)
+    cancelled = kind in {Kind.CANCELLED, Kind.SPLIT_CANCELLED}
+    cancel_after_s = rng.uniform(0.0, 1.5) if cancelled else None
+    return PlannedJob(number, kind, request, rng.random() < 0.4, cancel_after_s, pictures)
 
 
-def _stub(prompt: str, seed: int, **config: object) -> GenerateRequest:
-    return text2image(model="stub", backend="cpu-stub", prompt=prompt, seed=seed, **config)
+def _stub(given: Mapping[str, object], **config: object) -> GenerateRequest:
+    return _request("stub", given, backend="cpu-stub", **config)
+
+
+def _request(model: str, given: Mapping[str, Any], **more: Any) -> GenerateRequest:
+    return text2image(model=model, **given, **more)
