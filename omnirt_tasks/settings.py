@@ -195,6 +195,11 @@ class Settings(BaseSettings):
         return (self.broker_url or self.redis_url).get_secret_value()
 
     @property
+    def chunk_dir(self) -> Path:
+        """Where this host keeps what was measured of sharing forward passes."""
+        return self.data_dir.expanduser().absolute() / "chunks"
+
+    @property
     def storage_url(self) -> str:
         """The fsspec URL below which artifacts and uploads live."""
         return self.artifact_url or self.data_dir.expanduser().absolute().as_uri()

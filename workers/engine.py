@@ -9,7 +9,7 @@ import logging
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -27,6 +27,7 @@ from omnirt_tasks.contract import (
     GenerateRequest,
     JobRecord,
     JobState,
+    WorkerCapability,
 )
 from omnirt_tasks.errors import BackendUnsupported, ConfigurationError, Internal, JobTimeout, OmnirtError
 from omnirt_tasks.jobs.effects import RANKS
@@ -44,6 +45,7 @@ from omnirt_tasks.uploads import UploadStorage
 from omnirt_tasks.validation import Door
 from workers.attempts import AttemptRunner
 from workers.backends import driver
+from workers.chunks.limits_file import table_path
 from workers.host import DeviceHost
 from workers.own_fleet import OwnFleet
 from workers.plan import Plan, plan_for_backend
@@ -67,7 +69,8 @@ class OmniEngine:
     `max_concurrency` jobs, or parts of one, run at once, and `pipeline_cache_size` models stay loaded per device.
     `backend` is "auto" for whatever this host has, or the only one to use. Outputs are files in `output_dir`, or in a
     temporary folder that goes with the engine. At most `max_batch_size` jobs share a forward pass (None: as many as
-    pays, as measured; 1: none do), the first of which waits `batch_window_ms` for others; more join later.
+    pays, as measured; 1: none do), the first of which waits `batch_window_ms` for others; more join later. What was
+    measured is kept in `chunk_dir`, where workers on these devices find it too, or goes with the engine.
     `settings` are this process's own by default: the folders of models, limits and previews come from there.
 
     A device is taken when the first job for it comes. Raises ConfigurationError for a backend that is not here.
@@ -82,6 +85,7 @@ class OmniEngine:
         backend: str = AUTO,
         *,
         output_dir: Path | str | None = None,
+        chunk_dir: Path | None = None,
         settings: Settings | None = None,
     ) -> None:
         _check_bounds(max_concurrency, batch_window_ms, max_batch_size, pipeline_cache_size)
@@ -90,6 +94,7 @@ class OmniEngine:
         self._batch_window_ms = batch_window_ms
         self._max_batch_size = max_batch_size
         self._pipeline_cache_size = pipeline_cache_size
+        self._chunk_dir = chunk_dir
         self._plans = self._plans_for(backend)
         self._own_dir = Path(tempfile.mkdtemp(prefix="omnirt-engine-"))
         self._output_dir = Path(output_dir).expanduser().absolute() if output_dir is not None else None
@@ -178,6 +183,10 @@ class OmniEngine:
                     yield event
                 if monotonic() > deadline_s and not (event is not None and event.terminal):
                     raise JobTimeout(f"The job {job_id} is not over after {timeout_s:g} s.", "Cancel it, or go on.")
+
+    def capabilities(self) -> Sequence[WorkerCapability]:
+        """What its devices can do, and what was measured on those that it has taken."""
+        return self._fleet.live()
 
     def cancel(self, job_id: str) -> CancelOutcome:
         """Cancel the job: at once if it waits, at its next device call if it runs. Idempotent. Raises JobNotFound."""
@@ -274,8 +283,9 @@ class OmniEngine:
             return self._devices[backend][1]
 
     def _take_device(self, plan: Plan) -> tuple[DeviceHost, AttemptRunner]:
+        device = driver(plan.backend, None, self._settings.torch_threads)
         host = ThreadHost(
-            backend=driver(plan.backend, None, self._settings.torch_threads),
+            backend=device,
             models=plan.models,
             folders=plan.folders,
             cache_size=self._pipeline_cache_size,
@@ -283,6 +293,7 @@ class OmniEngine:
             memory_budget_bytes=self._settings.memory_budget_bytes,
             max_batch_size=self._max_batch_size,
             batch_window_ms=self._batch_window_ms,
+            chunk_table=None if self._chunk_dir is None else table_path(self._chunk_dir, plan.backend, device.device),
         )
         runner = AttemptRunner(
             store=self._store,

@@ -33,6 +33,7 @@ from omnirt_tasks.tasks import CELERY_PRIORITIES
 from workers.attempts import AttemptRunner
 from workers.backends.cpu import host_memory_bytes
 from workers.canary import Canary, heads_in_broker
+from workers.chunks.limits_file import table_path
 from workers.consumption import Consumption
 from workers.devices import SHARED_BACKENDS, DeviceLock
 from workers.heartbeat import Heartbeat
@@ -46,7 +47,6 @@ logger = logging.getLogger(__name__)
 
 SERVICE = "omnirt-worker"
 SCRATCH_FOLDER = "scratch"
-CHUNKS_FOLDER = "chunks"
 LAST_WORDS_S = 15.0
 CLOSE_TIMEOUT_S = 5.0
 LISTEN_AGAIN_S = 0.5
@@ -356,7 +356,7 @@ def host_config(settings: Settings, plan: Plan, device: str, concurrency: int) -
         warm_up=settings.warm_up,
         max_batch_size=settings.max_batch_size,
         batch_window_ms=settings.batch_window_ms,
-        chunk_table=settings.data_dir.expanduser() / CHUNKS_FOLDER / f"{plan.backend}-{device.replace(':', '-')}.json",
+        chunk_table=table_path(settings.chunk_dir, plan.backend, device),
     )
 
 

@@ -8,6 +8,7 @@ import click
 
 import omnirt_tasks
 from omnirt_tasks.cli.bench import bench
+from omnirt_tasks.cli.calibrate import calibrate
 from omnirt_tasks.cli.demo import demo
 from omnirt_tasks.cli.exits import ReportingGroup
 from omnirt_tasks.cli.generate import generate, validate
@@ -38,7 +39,7 @@ def cli() -> None:
     """Image, video and speech generation as solid jobs."""
 
 
-for command in (generate, validate, models, jobs, serve, worker, broker, up, demo, bench):
+for command in (generate, validate, models, jobs, serve, worker, broker, up, demo, calibrate, bench):
     cli.add_command(command)
 
 

@@ -1,6 +1,7 @@
 """`omnirt bench`: what the project measures of itself, each against something else in the same run."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 from rich.console import Console
@@ -14,7 +15,7 @@ from omnirt_tasks.bench.figures import Table
 def bench(ctx: click.Context) -> None:
     """Measure this installation; without a name, all that needs no GPU. Tables go to standard output, as Markdown."""
     if ctx.invoked_subcommand is None:
-        for command in (submit, durability, recovery, latency, placement, stream, memory, models):
+        for command in (submit, durability, recovery, latency, chunking, placement, stream, memory, models):
             ctx.invoke(command)
 
 
@@ -37,6 +38,24 @@ def latency(jobs: int, torch_threads: int) -> None:
     from omnirt_tasks.bench import latency as module
 
     _run("latency", module.measure(jobs, torch_threads), jobs)
+
+
+@bench.command()
+@click.option("--model", default="shapes", show_default=True)
+@click.option("--folder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Of its weights.")
+@click.option("--size", default=64, show_default=True, help="Width and height in pixels.")
+@click.option("--steps", default=20, show_default=True)
+@click.option("--rounds", default=5, show_default=True, help="Turns of each way.")
+@click.option("--jobs", default=24, show_default=True, help="Of a turn.")
+@click.option("--torch-threads", default=1, show_default=True, help="Of each process.")
+def chunking(
+    model: str, folder: Path | None, size: int, steps: int, rounds: int, jobs: int, torch_threads: int
+) -> None:
+    """Jobs that share forward passes, against the same without, a static call and a time-window batcher."""
+    from omnirt_tasks.bench import chunking as module
+
+    subject = module.Subject(model, folder, size, steps)
+    _run("chunking", module.measure(subject, rounds, jobs, torch_threads), rounds)
 
 
 @bench.command()

@@ -277,7 +277,7 @@ class RedisJobStore:
 
     def reconcile(self, *, unclaimed_after_ms: int, spare_leases: bool = False) -> Reconciled:
         """See JobStore."""
-        resend: list[WakeUp] = []
+        resend: dict[str, WakeUp] = {}  # what was promoted after all is named as that alone
         expired: list[str] = []
         overdue: list[str] = []
         with reaching_store():
@@ -290,12 +290,12 @@ class RedisJobStore:
                     if became:
                         found.append(job_id)
                     if became == JobState.QUEUED:
-                        resend.append(WakeUp(job_id, queue, Priority(priority)))
+                        resend[job_id] = WakeUp(job_id, queue, Priority(priority))
             due = fields_of(
                 self._scripts.run("due", "", queue, unclaimed_after_ms, self._promote_after_ms, OVERDUE_LIMIT)
             )
-            resend += (WakeUp(job_id, queue, Priority(priority)) for job_id, priority in due.items())
-        return Reconciled(resend, expired, overdue)
+            resend |= {job_id: WakeUp(job_id, queue, Priority(priority)) for job_id, priority in due.items()}
+        return Reconciled(list(resend.values()), expired, overdue)
 
     def expired(self, limit: int = 100, *, skip: int = 0) -> Sequence[StoredJob]:
         """See JobStore."""

@@ -22,6 +22,11 @@ Rows = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
 
 
+def table_path(folder: Path, backend: str, device: str) -> Path:
+    """Where a host keeps the file of one of its devices ("cuda:0"), below `folder`."""
+    return folder / f"{backend}-{device.replace(':', '-')}.json"
+
+
 @dataclass(frozen=True)
 class KeptCurve:
     """What was measured of one part of a model at one shape: the newest calls by rows, and what did not fit."""
