@@ -217,4 +217,5 @@ class Hold:
                 return
 
     def _end(self, _queued: "Future[Any]") -> None:
-        self._mine.cancel()
+        if self._mine.cancel():
+            self._mine.set_running_or_notify_cancel()  # which alone wakes those that wait for it

@@ -78,6 +78,7 @@ class ThreadHost:
         max_batch_size: int | None = None,
         batch_window_ms: float = 0.0,
         chunk_table: Path | None = None,
+        limits: MeasuredLimits | None = None,
     ) -> None:
         """Take the device.
 
@@ -87,7 +88,8 @@ class ThreadHost:
         be given at once. `warm_up` names the models that `warm_up` loads.
         `max_batch_size` is the most runs that share a device call (as many as pays by default; 1: none do),
         `batch_window_ms` how long the first of them waits for others, unless its model says; `chunk_table` is the file
-        that keeps what was measured of sharing.
+        that keeps what was measured of sharing. `limits` are in their place, where something else than paying is to
+        decide.
         Raises ConfigurationError when the backend has no such device here, or `warm_up` names more than `cache_size`.
         """
         self._driver = backend
@@ -116,7 +118,7 @@ class ThreadHost:
         self._lost = False  # the device is, for this process
         self._max_batch_size = max_batch_size
         self._batch_window_ms = batch_window_ms
-        self._limits = MeasuredLimits(chunk_table, backend=backend.name, device_name=self._info.name)
+        self._limits = limits or MeasuredLimits(chunk_table, backend=backend.name, device_name=self._info.name)
         self._device = DeviceThread(backend, limits=self._limits)
 
     @classmethod

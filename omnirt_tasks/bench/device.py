@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omnirt_tasks.bench.figures import Row, Table
+from omnirt_tasks.bench.random_weights import sdxl_sized
 from omnirt_tasks.contract import Backend, Inputs, ResolvedRequest, Task
 from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.errors import ConfigurationError, OperatorError
@@ -37,53 +38,6 @@ AT_ONCE = 2
 RATIO_MIN = 0.97
 START_TIMEOUT_S = 300.0
 START_POLL_S = 0.05
-
-# Sizes of the published model (its UNet has 2.57, its text encoders 0.12 and 0.69, its VAE 0.08 thousand million
-# weights); tests count them.
-UNET: Mapping[str, Any] = {
-    "sample_size": 128,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 2,
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "transformer_layers_per_block": (1, 2, 10),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-VAE: Mapping[str, Any] = {
-    "sample_size": 1024,
-    "latent_channels": 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "scaling_factor": 0.13025,
-    "force_upcast": False,  # bf16 reaches as far as fp32, so both sides decode in it
-}
-TEXT_ENCODER: Mapping[str, Any] = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "hidden_act": "quick_gelu",
-    "projection_dim": 768,
-}
-TEXT_ENCODER_2: Mapping[str, Any] = {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "hidden_act": "gelu",
-    "projection_dim": 1280,
-}
-VOCABULARY = 49_408
-TOKENS_MAX = 77
 
 
 def measure(rounds: int, pictures: int, steps: int, device: str) -> Iterator[int | Table]:
@@ -113,51 +67,6 @@ def measure(rounds: int, pictures: int, steps: int, device: str) -> Iterator[int
                 rates[side].append(pictures / (time.perf_counter() - started))
             yield done
     yield _table(rates, name, pictures, steps)
-
-
-def sdxl_sized(device: str) -> Any:
-    """A classic pipeline of SDXL's size on the torch device, in bf16, with random weights and letters for words."""
-    import diffusers
-    import torch
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    known = {"vocab_size": VOCABULARY, "max_position_embeddings": TOKENS_MAX}
-    usual_dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)  # weights are made in it: fp32 first would take twice the room
-    try:
-        with torch.device(device):
-            heavy = {
-                "unet": diffusers.UNet2DConditionModel(**UNET),
-                "vae": diffusers.AutoencoderKL(**VAE),
-                "text_encoder": CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER, **known)),
-                "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**TEXT_ENCODER_2, **known)),
-            }
-    finally:
-        torch.set_default_dtype(usual_dtype)
-    pipeline = diffusers.StableDiffusionXLPipeline(
-        **{name: module.eval() for name, module in heavy.items()},
-        tokenizer=_tokenizer(),
-        tokenizer_2=_tokenizer(),
-        scheduler=diffusers.EulerDiscreteScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            timestep_spacing="leading",
-            steps_offset=1,
-        ),
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def _tokenizer() -> Any:
-    from transformers import CLIPTokenizer
-
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    return CLIPTokenizer(
-        vocab={word: number for number, word in enumerate(words)}, merges=[], model_max_length=TOKENS_MAX
-    )
 
 
 def _device_name(device: str) -> str:

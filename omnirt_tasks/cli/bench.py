@@ -15,7 +15,7 @@ from omnirt_tasks.bench.figures import Table
 def bench(ctx: click.Context) -> None:
     """Measure this installation; without a name, all that needs no GPU. Tables go to standard output, as Markdown."""
     if ctx.invoked_subcommand is None:
-        for command in (submit, durability, recovery, latency, chunking, placement, stream, memory, models):
+        for command in (submit, durability, recovery, latency, chunking, sharing, placement, stream, memory, models):
             ctx.invoke(command)
 
 
@@ -56,6 +56,36 @@ def chunking(
 
     subject = module.Subject(model, folder, size, steps)
     _run("chunking", module.measure(subject, rounds, jobs, torch_threads), rounds)
+
+
+@bench.command()
+@click.option("--model", default="shapes", show_default=True)
+@click.option("--device", default="cpu:0", show_default=True)
+@click.option("--folder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Of its weights.")
+@click.option("--random", is_flag=True, help="Random weights of the model's size: sdxl-base-1.0, sd15.")
+@click.option("--size", default=64, show_default=True, help="Width and height in pixels.")
+@click.option("--steps", default=20, show_default=True)
+@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
+@click.option("--rounds", default=5, show_default=True, help="Turns of each size of chunk, in each way.")
+@click.option("--pictures", default=16, show_default=True, help="Of a turn; a multiple of 8.")
+@click.option("--torch-threads", default=1, show_default=True)
+def sharing(
+    model: str,
+    device: str,
+    folder: Path | None,
+    random: bool,
+    size: int,
+    steps: int,
+    dtype: str,
+    rounds: int,
+    pictures: int,
+    torch_threads: int,
+) -> None:
+    """Pictures a second by size of chunk, jobs against static calls, and how long the device idles between them."""
+    from omnirt_tasks.bench import sharing as module
+
+    subject = module.Subject(model, device, folder, random, size, steps, dtype, torch_threads)
+    _run("sharing", module.measure(subject, rounds, pictures), rounds)
 
 
 @bench.command()

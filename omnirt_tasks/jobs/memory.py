@@ -257,7 +257,10 @@ class MemoryJobStore:
                 if entry.to_send(now_ms, unclaimed_after_ms):
                     entry.sent_at_ms, entry.due_at_ms = now_ms, None
                     resend.append(entry)
-            resend += [entry for entry in self._promoted(waiting, now_ms) if not entry.delayed(now_ms)]
+            for entry in self._promoted(waiting, now_ms):
+                if not entry.delayed(now_ms):
+                    entry.sent_at_ms = now_ms
+                    resend.append(entry)
             found = {entry.record.id: WakeUp(entry.record.id, entry.job.queue, entry.job.priority) for entry in resend}
         return Reconciled(list(found.values()), expired, overdue)
 

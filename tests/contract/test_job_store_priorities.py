@@ -104,6 +104,13 @@ def test_a_job_is_sent_once_though_its_message_was_due_too(rig: Rig) -> None:
     assert list(rig.store.reconcile(unclaimed_after_ms=1).resend) == [WakeUp(low, QUEUE, NORMAL)]
 
 
+def test_a_job_that_was_promoted_counts_as_sent_then_and_is_named_once_per_period(rig: Rig) -> None:
+    low = _waiting(rig, LOW)
+    rig.pass_time(PROMOTE_AFTER_MS)
+    assert _resent(rig) == [WakeUp(low, QUEUE, NORMAL)]
+    assert not rig.store.reconcile(unclaimed_after_ms=PROMOTE_AFTER_MS).resend
+
+
 def test_a_job_whose_lease_expired_in_the_round_that_promotes_it_is_sent_as_what_it_has_come_to(rig: Rig) -> None:
     low = _waiting(rig, LOW)
     claimed(rig.store, low, lease_ttl_ms=1)

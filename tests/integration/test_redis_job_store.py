@@ -342,6 +342,15 @@ def test_a_dead_letter_that_redis_dropped_is_forgotten(client: Any, store: Redis
     assert not client.exists(f"{settings.key_prefix}:dead:alice")
 
 
+def test_a_waiting_job_whose_record_is_gone_holds_up_no_other(
+    client: Any, store: RedisJobStore, settings: Settings
+) -> None:
+    gone, other = (store.create(new_job()).record.id for _ in range(2))
+    client.delete(f"{settings.key_prefix}:job:{gone}")
+    assert list(store.reconcile(unclaimed_after_ms=0).resend) == [WakeUp(other, "cpu-shapes")]
+    assert store.depth("cpu-shapes").waiting == 1
+
+
 def test_a_filtered_search_is_bounded_and_goes_on_from_its_cursor(store: RedisJobStore, monkeypatch: Any) -> None:
     monkeypatch.setattr("omnirt_tasks.jobs.redis.PAGE_SCAN_LIMIT", 100)
     wanted = store.create(new_job(model="rare")).record.id

@@ -112,6 +112,14 @@ def test_a_call_that_is_cancelled_while_it_waits_is_in_no_chunk(story: Story) ->
     assert not kept.future.cancel(), "what is being made can no longer be cancelled"
 
 
+def test_a_cancelled_call_takes_no_room_from_those_that_are_made() -> None:
+    story = Story(GivenLimits(rows=2))
+    a, b, c = (member() for _ in range(3))
+    waiting = [story.comes(who) for who in (a, b, c)]
+    waiting[1].future.cancel()
+    assert story.makes() == [a, c]
+
+
 # For whom it waits
 
 
@@ -297,7 +305,8 @@ def test_the_first_call_of_a_run_waits_for_others_as_long_as_its_window(story: S
     story.comes(b)
     assert story.next() == WaitUntil(came_s + 0.5), "the window is that of the first"
     assert story.makes() == [a, b]
-    story.line.leave(b)
+    for who in (a, b):
+        story.line.leave(who)
     story.comes(a)
     assert story.makes() == [a], "only its first call does"
     assert story.waited_s == pytest.approx(0.2)
