@@ -317,7 +317,8 @@ def test_of_those_that_ran_when_the_device_was_lost_none_is_to_blame(breaking: B
         assert running.wait(RUN_TIMEOUT_S)
         return future
 
-    fails, stopped, ends = waiting(fail_at_step=3), waiting(job_id="stopped"), waiting()
+    # Of another size, so that it shares no call with the one that breaks the device.
+    fails, stopped, ends = waiting(fail_at_step=3), waiting(job_id="stopped"), waiting(width=128)
     assert isinstance(breaking.run(fail_at_step=1), RunLost), "the device may tell him of what another did"
     breaking.host.interrupt("stopped", InterruptReason.CANCEL)
     lost.set()
