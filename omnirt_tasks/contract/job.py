@@ -42,7 +42,7 @@ class QueueStatus(Answer):
 
 
 class PartCounts(Answer):
-    """How the parts of a job stand that was split; together they are `total`."""
+    """How the parts of a job stand that was split; together they are `total`, until one fails or is cancelled."""
 
     total: int
     queued: int
