@@ -330,7 +330,8 @@ def test_members_of_a_chunk_are_celery_tasks_of_their_own_with_times_of_their_ow
 def test_a_worker_shows_what_it_was_told_of_sharing(system: JobSystem, processes: Processes) -> None:
     processes.worker(system.settings.model_copy(update={"max_batch_size": 3, "batch_window_ms": 20.0}), STUB_QUEUE)
 
-    told = system.app.control.inspect(timeout=5).registered("max_batch_size", "batch_window_ms")
+    inspect = system.app.control.inspect(timeout=1)
+    told = eventually(lambda: inspect.registered("max_batch_size", "batch_window_ms"), 60.0)
 
     assert told is not None
     (tasks,) = told.values()

@@ -5,8 +5,10 @@ from contextlib import closing
 from pydantic import SecretStr
 
 from omnirt_tasks.celery_app import make_app
+from omnirt_tasks.jobs.store import WakeUp
 from omnirt_tasks.settings import Settings
 from omnirt_tasks.stores import open_stores
+from omnirt_tasks.tasks import send_job
 from tests.support.jobs import new_job
 from tests.support.waiting import eventually
 
@@ -17,7 +19,7 @@ def test_a_job_without_a_message_is_sent_again_and_one_whose_message_waits_is_no
     sent: list[str] = []
     with closing(open_stores(own)) as stores, make_app(own) as app:
         waits, lost = (stores.jobs.create(new_job()).record.id for _ in range(2))
-        app.send_task("omnirt.generate", args=[waits], task_id=waits, queue="cpu-shapes")
+        send_job(app, WakeUp(waits, "cpu-shapes"))
         with closing(stores.reconciler(lambda wake_up: sent.append(wake_up.job_id))) as reconciler:
             reconciler.start()
             eventually(lambda: len(sent) > 1)
