@@ -59,7 +59,8 @@ def list_jobs(state: str | None, model: str | None, dead: bool, limit: int, url:
     if as_json:
         click.echo(json.dumps([job.model_dump(mode="json") for job in found]))
         return
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)  # so that a terminal of 80 columns holds it
+    # Narrow, so that a terminal of 80 columns holds it.
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for title in ("job", *(("queued", "model", "why") if dead else ("state", "progress", "queued", "model"))):
         table.add_column(title, no_wrap=title not in {"model", "why"}, overflow="fold")  # an id is whole, to be copied
     for job in found:
@@ -169,8 +170,8 @@ def _progress(job: JobRecord) -> str:
         return f"{job.progress.step}/{job.progress.total}"
     if job.queue is None or job.queue.position is None:
         return ""
-    place = f"place {job.queue.position}"
-    return place if job.queue.eta_s is None else f"{place}, {_duration(job.queue.eta_s)}"
+    place = f"#{job.queue.position}"
+    return place if job.queue.eta_s is None else f"{place} {_duration(job.queue.eta_s)}"
 
 
 def _duration(duration_s: float) -> str:

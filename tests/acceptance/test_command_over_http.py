@@ -138,6 +138,6 @@ def test_who_waits_is_told_his_place_and_about_how_long(omnirt: Omnirt, url: str
         assert cancelled.result() == 0, cancelled.told()
 
     (told,) = (line for line in command.out if jobs[-1] in line)
-    assert re.search(r"place \d+, ~\d+ (s|min)", told), command.out
+    assert re.search(r"#\d+ ~\d+ (s|min) .* stub$", told.rstrip()), command.out  # on one line of 80 columns
     assert last is not None
     assert 0 < (last.eta_s or 0) <= (last.eta_p90_s or 0)

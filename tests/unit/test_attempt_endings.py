@@ -13,7 +13,7 @@ from omnirt_tasks.jobs.store import Requeue
 from tests.support.attempts import Bench
 from tests.support.waiting import eventually
 from workers.attempts.orders import Orders
-from workers.host import InterruptReason, RunFailed, RunLost
+from workers.host import InterruptReason, RunFailed, RunInterrupted, RunLost
 
 LOST = RunLost("its process was killed")
 OOM = RunFailed(ErrorInfo(code="out_of_memory", message="too large"))
@@ -41,6 +41,19 @@ def test_a_run_that_is_lost_goes_back_to_its_queue_at_once(bench: Bench) -> None
     assert (ended.job.record.state, ended.to_send) == (JobState.QUEUED, True)
     (told,) = bench.events(EventName.JOB_REQUEUED)
     assert told.data == {"attempt": 1, "reason": "device_lost"}
+
+
+def test_a_device_that_lets_go_by_itself_is_lost_so_that_its_job_does_not_come_back_for_ever(bench: Bench) -> None:
+    let_go = RunInterrupted(InterruptReason.GIVE_BACK)
+    job_id = bench.begun()
+    bench.host.end(job_id, let_go)
+    for _ in range(3):
+        bench.end()
+        bench.again()
+        assert bench.host.orders[job_id].alone
+        bench.host.end(job_id, let_go)
+
+    assert bench.error().code == "worker_lost"
 
 
 def test_those_whose_device_died_run_one_after_another_in_the_order_in_which_they_came_back(bench: Bench) -> None:

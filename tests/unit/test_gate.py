@@ -132,7 +132,7 @@ def test_while_one_inside_waits_nobody_comes_in_and_it_is_told_so() -> None:
     waits, late = gate.arrive(), gate.arrive()
     assert entered(gate, waits)
 
-    assert gate.wait(waits) == ()
+    gate.wait(waits)
     assert not entered(gate, late)
     assert gate.held_up(late)
     assert not gate.held_up(waits)
@@ -148,13 +148,14 @@ def test_of_several_that_wait_all_but_the_first_that_came_are_surplus() -> None:
     for place in (first, second, third):
         assert entered(gate, place)
 
-    assert gate.wait(second) == ()
-    assert gate.wait(third) == (third,)
-    assert gate.wait(first) == (second, third)
+    for waits, surplus in ((second, []), (third, [third]), (first, [second, third])):
+        gate.wait(waits)
+        assert [place for place in (first, second, third) if place.surplus] == surplus
 
-    assert [place.surplus for place in (first, second, third)] == [False, True, True]
     gate.go_on(second)
     assert not second.surplus
+    gate.leave(first)
+    assert not third.surplus, "it is the first that waits now"
 
 
 def test_those_that_wait_make_way_for_one_that_waits_to_be_alone() -> None:
@@ -164,8 +165,26 @@ def test_those_that_wait_make_way_for_one_that_waits_to_be_alone() -> None:
         assert entered(gate, place)
     assert not gate.enter(alone, alone=True, timeout_s=AT_ONCE_S)
 
-    assert gate.wait(waits) == (waits,)
-    assert gate.wait(inside) == (inside, waits), "other workers count on the one that waits to be alone"
+    gate.wait(waits)
+    gate.wait(inside)
+    assert inside.surplus, "other workers count on the one that waits to be alone"
+    assert waits.surplus
+
+
+def test_one_that_waits_is_surplus_and_told_so_when_another_comes_to_wait_to_be_alone() -> None:
+    told: list[bool] = []
+    gate = Gate(on_surplus=lambda: told.append(True))
+    inside, waits, alone = gate.arrive(), gate.arrive(), gate.arrive()
+    for place in (inside, waits, alone):
+        assert entered(gate, place)
+    gate.wait(waits)
+    assert (waits.surplus, told) == (False, [])
+
+    assert not gate.enter(alone, alone=True, timeout_s=AT_ONCE_S)
+    assert (waits.surplus, told) == (True, [True])
+
+    gate.leave(alone)
+    assert not waits.surplus
 
 
 def test_one_that_holds_the_device_is_the_first_or_is_told_that_it_is_not_and_is_never_surplus() -> None:
@@ -176,7 +195,8 @@ def test_one_that_holds_the_device_is_the_first_or_is_told_that_it_is_not_and_is
 
     assert gate.hold(first)
     assert not gate.hold(second)
-    assert gate.wait(second) == (), "it would have to be ended in the midst of its work"
+    gate.wait(second)
+    assert not second.surplus, "it would have to be ended in the midst of its work"
 
     gate.leave(first)
     assert gate.hold(second)

@@ -83,13 +83,12 @@ class Endings:
                 return self._succeed(run, outcome, outputs, buffer)
             case RunFailed(error):
                 return self.fail(run, error, buffer)
-            case RunInterrupted(reason):
+            case RunInterrupted(reason) if reason is not InterruptReason.GIVE_BACK:
                 return self._stop(run, reason, buffer)
+            case RunInterrupted():  # nobody asked for it, unless the worker leaves: then the host let go by itself
+                return self._lose(run, "The device was let go.", buffer)
             case RunLost(detail):
-                if (wanted := run.interrupted_by()) is not None:  # it was to end in any case
-                    return self._stop(run, wanted, buffer)
-                logger.warning("Job %s lost what ran it: %s", run.lease.job_id, detail)
-                return self._give_back(run, buffer, DEVICE_LOST)
+                return self._lose(run, detail, buffer)
 
     def fail(self, run: Run, error: ErrorInfo, buffer: EventBuffer) -> AttemptEnd | None:
         """End an attempt that met the error: the job has failed, or is tried again where that may help."""
@@ -108,6 +107,12 @@ class Endings:
             how = "alone" if requeue.alone else f"in {requeue.delay_ms / 1000:g} s"
             logger.warning("Job %s is tried again %s: %s: %s", run.lease.job_id, how, error.code, error.message)
         return end
+
+    def _lose(self, run: Run, detail: str, buffer: EventBuffer) -> AttemptEnd | None:
+        if (wanted := run.interrupted_by()) is not None:  # it was to end in any case
+            return self._stop(run, wanted, buffer)
+        logger.warning("Job %s lost what ran it: %s", run.lease.job_id, detail)
+        return self._give_back(run, buffer, DEVICE_LOST)
 
     def _stop(self, run: Run, reason: InterruptReason, buffer: EventBuffer) -> AttemptEnd | None:
         match reason:

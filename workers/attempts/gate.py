@@ -39,11 +39,17 @@ class Gate:
 
     One that waits to be alone lets nobody in before it, nor does one inside that waits or holds the device beside it.
     `on_crowded` is told when any of this begins or somebody is alone inside (True), and when none is so any more
-    (False): under the gate's lock, so it must not block, nor call back.
+    (False), `on_surplus` when another one inside is surplus: both under the gate's lock, so they must not block, nor
+    call back.
     """
 
-    def __init__(self, on_crowded: Callable[[bool], object] = lambda _: None) -> None:
+    def __init__(
+        self,
+        on_crowded: Callable[[bool], object] = lambda _: None,
+        on_surplus: Callable[[], object] = lambda: None,
+    ) -> None:
         self._on_crowded = on_crowded
+        self._on_surplus = on_surplus
         self._changed = threading.Condition()  # guards what follows
         self._arrived = 0
         self._line: list[Place] = []  # by number
@@ -96,26 +102,20 @@ class Gate:
                     places.remove(place)
             self._tell()
 
-    def wait(self, place: Place) -> tuple[Place, ...]:
-        """Say that one inside cannot begin yet; those, itself perhaps, that are `surplus` by that.
+    def wait(self, place: Place) -> None:
+        """Say that one inside cannot begin yet.
 
-        At most one is to wait at a time: one that waits to be alone, or else the first that came. One that holds the
-        device is never surplus.
+        At most one is to wait at a time: one that waits to be alone, or else the first that came. The others are
+        `surplus` as long as it does, but for one that holds the device.
         """
         with self._changed:
             place.waits = place in self._inside
             self._tell()
-            to_be_alone = any(each.alone for each in self._line)
-            waiting = [each for each in self._inside if each.waits and not each.holds]
-            surplus = tuple(each for each in waiting if to_be_alone or self._behind(each))
-            for each in surplus:
-                each.surplus = True
-            return surplus
 
     def go_on(self, place: Place) -> None:
         """Say that it waits no more. Idempotent."""
         with self._changed:
-            place.waits = place.surplus = False
+            place.waits = False
             self._tell()
 
     def hold(self, place: Place) -> bool:
@@ -158,6 +158,12 @@ class Gate:
 
     def _tell(self) -> None:
         self._changed.notify_all()
+        to_be_alone = any(each.alone for each in self._line)
+        before = [each for each in self._inside if each.surplus]
+        for each in self._inside:
+            each.surplus = each.waits and not each.holds and (to_be_alone or self._behind(each))
+        if any(each.surplus and each not in before for each in self._inside):
+            self._on_surplus()
         crowded = any(self._closing())
         if crowded is not self._crowded:
             self._crowded = crowded

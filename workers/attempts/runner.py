@@ -115,7 +115,7 @@ class AttemptRunner:
         self._in_hand: set[str] = set()
         self._runs: dict[str, Run] = {}
         self._patiently = Patience(self._leaving)
-        self._gate = Gate(on_crowded)
+        self._gate = Gate(on_crowded, self._wake_runs)
         self._claiming = Claiming(
             store=store,
             gate=self._gate,
@@ -289,14 +289,15 @@ class AttemptRunner:
     # Small parts
 
     def _note_waiting(self, run: Run, *, begins: bool) -> None:
-        if not begins:
+        if begins:
+            self._gate.wait(run.place)
+        else:
             self._gate.go_on(run.place)
-            return
-        surplus = self._gate.wait(run.place)
-        with self._changed:
-            runs = [each for each in self._runs.values() if each.place in surplus]
-        for each in runs:
-            each.wake()
+
+    def _wake_runs(self) -> None:
+        """Have each run look at its place; takes no lock, for whoever calls holds the gate's."""
+        for run in list(self._runs.values()):
+            run.wake()
 
     def _stop(self, run: Run, reason: InterruptReason) -> None:
         if run.interrupt(reason):
