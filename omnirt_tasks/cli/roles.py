@@ -1,14 +1,21 @@
 """`omnirt serve`, `worker` and `broker`: one part of the system each, in the foreground."""
 
+import json
 import os
 import threading
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import click
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from omnirt_tasks.celery_app import make_app
+from omnirt_tasks.cli.options import json_option
+from omnirt_tasks.contract import WorkerCapability
 from omnirt_tasks.draining import Drainer
 from omnirt_tasks.embedded import EmbeddedBroker
 from omnirt_tasks.errors import ConfigurationError, OperatorError
@@ -67,7 +74,7 @@ class WorkerGroup(click.Group):
 
 @click.group(cls=WorkerGroup)
 def worker() -> None:
-    """Run a worker, or drain one from afar: `omnirt worker -Q …` is short for `omnirt worker run -Q …`."""
+    """Run a worker, list those that live, or drain one: `omnirt worker -Q …` is short for `omnirt worker run -Q …`."""
 
 
 @worker.command(RUN, context_settings={"ignore_unknown_options": True})
@@ -77,6 +84,34 @@ def run_worker(queues: tuple[str, ...], celery_arguments: tuple[str, ...]) -> No
     """Run a worker on the next free device: `celery -A omnirt_tasks worker -Q …`, with CELERY_ARGUMENTS added."""
     command = [*worker_command(queues, load_settings().log_level), *celery_arguments]
     os.execv(command[0], command)  # noqa: S606 - no shell is wanted: this process becomes the worker
+
+
+@worker.command("list")
+@json_option
+def list_workers(as_json: bool) -> None:
+    """List the live workers: what each serves and has in hand, and how many rows of its models share a device call."""
+    with closing(open_stores(load_settings())) as stores:
+        found = stores.fleet.live()
+    if as_json:
+        click.echo(json.dumps([record.model_dump(mode="json") for record in found]))
+        return
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("worker", "queues", "jobs", "loaded", "shared calls"):
+        table.add_column(column)
+    for record in found:
+        jobs = f"{record.running} of {record.concurrency}"
+        table.add_row(
+            record.worker_id, ", ".join(record.queues), jobs, ", ".join(record.loaded), "\n".join(_shared(record))
+        )
+    Console().print(table)
+
+
+def _shared(record: WorkerCapability) -> Iterator[str]:
+    for model, ability in record.abilities.items():
+        if ability.unchunked is not None:
+            yield f"{model}: none, {ability.unchunked}"
+        for measure in ability.chunks:
+            yield f"{model} {measure.module} {measure.shape}: {measure.limit} rows, {measure.gain:.2f}x"
 
 
 @worker.command("drain")

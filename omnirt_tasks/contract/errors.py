@@ -1,5 +1,7 @@
 """An error as data: what a client or a record is told."""
 
+from pydantic import field_validator
+
 from omnirt_tasks.contract.base import Answer
 
 
@@ -22,3 +24,9 @@ class ErrorInfo(Answer):
     message: str
     retryable: bool = False
     hint: str | None = None
+
+    @field_validator("message", "hint")
+    @classmethod
+    def _in_utf8(cls, text: str | None) -> str | None:
+        """What a system's own message may hold of undecodable names, no JSON does."""
+        return None if text is None else text.encode("utf-8", "replace").decode("utf-8")

@@ -66,9 +66,9 @@ class RunReport(Answer):
     """How one attempt of a job ran.
 
     `timings` is stage → milliseconds, `memory` has `peak_mb`, `stream_events` the stage events without previews
-    (at most 256), `attempts` how often the job was begun. `batch_size` is the most jobs that shared a forward pass with
-    this one, itself included, `batch_size_mean` the mean over its forward passes, and `batch_group_id` names the group:
-    jobs that ever shared one have it in common.
+    (at most 256), `attempts` how often the job was begun. `batch_size` is the most jobs (or parts of jobs) that shared
+    one of its denoising passes, itself included, `batch_size_mean` the mean over them, and `batch_group_id` names the
+    group: jobs that ever shared one have it in common.
     """
 
     run_id: str

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from omnirt_tasks.contract import ArtifactKind, Backend, ExecutionMode, Task, Tier
 from omnirt_tasks.contract.base import JsonObject
+from omnirt_tasks.errors import ConfigurationError
 from omnirt_tasks.registry.runnable import Runnable
 
 SEED_MAX = 2**63 - 1
@@ -153,4 +154,13 @@ class ModelSpec:
     quantisations: tuple[str, ...] = ()
     max_batch_size: int | None = None
     batch_window_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ConfigurationError for bounds on sharing that are none."""
+        if (self.max_batch_size is not None and self.max_batch_size < 1) or (self.batch_window_ms or 0) < 0:
+            raise ConfigurationError(
+                f"{self.id!r} has max_batch_size {self.max_batch_size} and batch_window_ms {self.batch_window_ms}.",
+                "The first is at least 1, the second at least 0; None leaves them to the settings.",
+            )
+
     checkpointing: Checkpointing | None = None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import Any
 
 from omnirt_tasks.contract import ErrorInfo, EventName, JobState
 from tests.support.attempts import Bench
@@ -89,6 +90,23 @@ def test_a_cancel_before_the_device_has_the_job_is_not_lost(bench: Bench) -> Non
         return submit(order, on_event)
 
     bench.host.submit = cancel_meanwhile  # type: ignore[method-assign]
+    bench.begin(job_id)
+
+    ended = bench.end()
+    assert ended is not None
+    assert ended.record.state is JobState.CANCELLED
+
+
+def test_a_cancel_between_the_claim_and_what_follows_is_not_lost(bench: Bench) -> None:
+    job_id = bench.queue()
+    claim = bench.store.claim
+
+    def cancelled_at_once(job: str, **wishes: Any) -> Any:
+        won = claim(job, **wishes)
+        bench.runner.cancel(job)  # the claim is won, and nobody here knows of a run yet
+        return won
+
+    bench.store.claim = cancelled_at_once  # type: ignore[method-assign, assignment]
     bench.begin(job_id)
 
     ended = bench.end()

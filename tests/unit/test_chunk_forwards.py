@@ -111,6 +111,46 @@ def test_an_error_of_the_merging_itself_is_nobodys(workshop: Workshop) -> None:
     assert workshop.made(*(call("unet", lambda: "made", joint=joint) for _ in range(3))) == ["made"] * 3
 
 
+def test_runs_whose_calls_cannot_be_made_as_one_share_no_further_call_but_those_beside_a_bad_one_do() -> None:
+    def alone_after(*functions: Callable[..., Any]) -> list[bool]:
+        waiting = tuple(Waiting(call("unet", each, joint=TellingJoint(spoil)), member(), 0.0) for each in functions)
+        for made in Forwards(TellingDriver(), GivenLimits()).make(waiting):
+            assert len(made.calls) == 1
+        return [each.member.alone for each in waiting if each.member is not None]
+
+    def spoil(_: object) -> None:
+        raise ValueError("shapes do not agree")
+
+    assert alone_after(lambda: "made", lambda: "made") == [True, True]
+    assert alone_after(lambda: "made", raising(ValueError("its own"))) == [False, False]
+
+
+def test_a_device_that_gives_no_memory_back_ends_no_call(workshop: Workshop) -> None:
+    workshop.driver.on_release = raising(RuntimeError("an earlier kernel failed"))
+    joint = TellingJoint(above(1))
+
+    assert workshop.made(*(call("unet", lambda: "made", joint=joint) for _ in range(2))) == ["made"] * 2
+
+
+def test_what_a_call_held_that_failed_goes_with_its_error(workshop: Workshop) -> None:
+    class Tensor:
+        pass
+
+    held: list[weakref.ref[Tensor]] = []
+
+    def fail() -> None:
+        tensor = Tensor()
+        held.append(weakref.ref(tensor))
+        raise ValueError("its own")
+
+    gc.disable()  # or it may come just in time
+    try:
+        workshop.made(call("unet", fail))
+        assert held[0]() is None
+    finally:
+        gc.enable()
+
+
 def test_results_that_are_not_as_many_as_the_calls_are_given_to_nobody(workshop: Workshop) -> None:
     class Uneven(TellingJoint):
         def together(self, calls: Sequence[DeviceCall]) -> Sequence[Any]:

@@ -75,3 +75,9 @@ def test_models_are_listed_by_task_and_tier() -> None:
     assert all(Task.INPAINT in spec.tasks for spec in inpainters)
     assert "flux-dev" not in {spec.id for spec in inpainters}
     assert all(spec.tier == "core" for spec in discover().having(tier=Tier.CORE))
+
+
+@pytest.mark.parametrize("bounds", [{"max_batch_size": 0}, {"batch_window_ms": -1.0}])
+def test_a_model_whose_bounds_on_sharing_are_none_is_refused(bounds: dict[str, float]) -> None:
+    with pytest.raises(ConfigurationError, match="max_batch_size"):
+        dataclasses.replace(discover().find("stub"), **bounds)  # type: ignore[arg-type]

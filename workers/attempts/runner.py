@@ -111,8 +111,9 @@ class AttemptRunner:
         self._abandon_after_s = abandon_after_s
         self._stop_patience_s = stop_patience_s
         self._leaving = threading.Event()
-        self._changed = threading.Condition()  # guards the two below
+        self._changed = threading.Condition()  # guards the three below
         self._in_hand: set[str] = set()
+        self._cancelled: set[str] = set()  # of those, whose cancel came before their run was known
         self._runs: dict[str, Run] = {}
         self._patiently = Patience(self._leaving)
         self._gate = Gate(on_crowded, self._wake_runs)
@@ -174,11 +175,15 @@ class AttemptRunner:
         finally:
             with self._changed:
                 self._in_hand.discard(job_id)
+                self._cancelled.discard(job_id)
                 self._changed.notify_all()
 
     def cancel(self, job_id: str) -> None:
         """Stop the job at its next device call, if it runs here; its cancel is already in its record."""
-        run = self._runs.get(job_id)
+        with self._changed:
+            run = self._runs.get(job_id)
+            if run is None and job_id in self._in_hand:
+                self._cancelled.add(job_id)
         if run is not None:
             self._stop(run, InterruptReason.CANCEL)
 
@@ -312,7 +317,10 @@ class AttemptRunner:
     def _hold(self, run: Run) -> Iterator[None]:
         with self._changed:
             self._runs[run.lease.job_id] = run
+            cancelled = run.lease.job_id in self._cancelled
         self._keeper.hold(run)
+        if cancelled:
+            self._stop(run, InterruptReason.CANCEL)
         if self._leaving.is_set():
             self._stop(run, InterruptReason.GIVE_BACK)
         try:

@@ -13,6 +13,7 @@ from concurrent.futures import InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any
 
 from workers.backends import BackendDriver
@@ -86,8 +87,14 @@ class Forwards:
                 yield from self.make(calls[:half])
                 yield from self.make(calls[half:])
             case _:
+                fault = False
                 for call in calls:
-                    yield self._single(call)
+                    made = self._single(call)
+                    fault = fault or made.error is not None
+                    yield made
+                if not fault:  # it lies in making them together, which would fail at each step
+                    log.warning("these %d runs share no further device call", len(calls))
+                    _part(calls)
 
     def _merged(self, calls: tuple[Waiting, ...]) -> Made | _Trouble:
         # The error is dropped here, with its traceback that holds tensors of all: what is tried next needs the room.
@@ -114,6 +121,8 @@ class Forwards:
         try:
             result, elapsed_s = self._made(waiting, waiting.call)
         except BaseException as error:  # noqa: BLE001 - it belongs to the run that made the call
+            # The call's tensors go now: the error holds its frames, and they lead to the future that holds the error.
+            clear_frames(error.__traceback__)
             return Made((waiting,), (), error, 0.0)
         return Made((waiting,), (result,), None, elapsed_s)
 
@@ -156,11 +165,20 @@ class Forwards:
         """Learn what was too large, and give back what the try left."""
         if measure is not None:
             self._limits.note_too_large(measure, rows)
-        self._driver.release()
+        try:
+            self._driver.release()
+        except Exception:  # what is wrong with the device, the calls that are made next tell to their runs
+            log.warning("the device gives no memory back", exc_info=True)
 
     def _note(self, measure: MeasureKey | None, rows: int, elapsed_s: float) -> None:
         if measure is not None:
             self._limits.note(measure, rows, elapsed_s)
+
+
+def _part(calls: Sequence[Waiting]) -> None:
+    for call in calls:
+        if call.member is not None:
+            call.member.alone = True
 
 
 def _together(joint: Joint, calls: "Sequence[DeviceCall]") -> Sequence[Any]:

@@ -208,17 +208,14 @@ class Line:
                 return taken
 
     def made(self, calls: Sequence[Waiting], elapsed_s: float, now_s: float) -> None:
-        """Note that these calls were made as one."""
-        members = [call.member for call in calls if call.member is not None]
-        for call in calls:
-            if call.member is not None:
-                call.member.count(len(members), denoises=call.denoises)
+        """Note that these calls were made as one; it counts where they are steps of their runs."""
+        rows = {call.member: call.call.rows for call in calls if call.denoises and call.member is not None}
+        members = list(rows)
+        for member in members:
+            member.count(len(members))
         for other in members[1:]:
             members[0].meet(other)
-        rows = {
-            call.member: call.call.rows for call in calls if call.denoises and call.shares and call.member is not None
-        }
-        if rows:
+        if members and calls[0].shares:
             self._flights[calls[0].key] = Flight(rows, now_s, elapsed_s)
 
     def leave(self, member: Member) -> None:

@@ -50,9 +50,10 @@ class Group:
 class Member:
     """A run as the line sees it: `model` and `shape` say what its calls are measured as.
 
-    `alone` shares with nobody; `size_max` is the most runs of a call that it takes part in (None: as many as pays), and
-    `window_s` how long its first denoising call waits for others: its run sets them before it makes a call. The rest is
-    written by the device's line and thread, and read by the run once its calls have been made.
+    `alone` shares with nobody. `size_max` is the most runs of a call that it takes part in (None: as many as pays), and
+    `window_s` how long its first denoising call waits for others. Its run sets them before it makes a call; the
+    device's thread sets `alone` too, where making its calls with others fails. The rest is written by the device's
+    line and thread, and read by the run once its calls have been made.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Member:
         self.misses = 0
         """How often others waited for it in vain."""
         self.largest = 1
-        """The most runs of a call that it took part in."""
+        """The most runs of a denoising call that it took part in."""
         self.too_large: TooLarge | None = None
         """The newest of its calls that had too little memory."""
         self.group: Group | None = None
@@ -102,12 +103,11 @@ class Member:
         """The id of its group as of now."""
         return None if self.group is None else self.group.now().id
 
-    def count(self, size: int, *, denoises: bool) -> None:
-        """Note that a call of it was made, with those of `size` runs in all."""
+    def count(self, size: int) -> None:
+        """Note that a denoising call of it was made, with those of `size` runs in all."""
         self.largest = max(self.largest, size)
-        if denoises:
-            self._calls += 1
-            self._sizes += size
+        self._calls += 1
+        self._sizes += size
 
     def meet(self, other: "Member") -> None:
         """Note that a call was made of both."""
