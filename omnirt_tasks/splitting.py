@@ -8,6 +8,7 @@ from omnirt_tasks.contract.capability import ChunkMeasure
 from omnirt_tasks.jobs.store import NewPart
 from omnirt_tasks.registry.options import COUNT_OPTION
 from omnirt_tasks.registry.spec import SEED_MAX
+from omnirt_tasks.registry.work import count_pictures, picture_prompt
 
 PICTURES_UNMEASURED = 4
 """The pictures of a part where no worker has measured what shares well."""
@@ -59,13 +60,10 @@ def _pictures(measure: ChunkMeasure) -> int:
 
 
 def _prompt_of_each_picture(request: ResolvedRequest) -> Sequence[str]:
-    prompt = request.inputs.prompt
-    if request.task is not Task.TEXT2IMAGE or prompt is None:
+    if request.task is not Task.TEXT2IMAGE:
         return ()
-    count = request.config.get(COUNT_OPTION, 1)
-    assert isinstance(count, int), "a resolved request has numbers where they belong"
-    prompts = (prompt,) if isinstance(prompt, str) else prompt
-    return [each for each in prompts for _ in range(count)]
+    prompts = [picture_prompt(request, index) for index in range(count_pictures(request))]
+    return [prompt for prompt in prompts if prompt is not None]
 
 
 def _share(request: ResolvedRequest, prompts: Sequence[str], first: int) -> ResolvedRequest:

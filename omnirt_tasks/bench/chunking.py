@@ -8,16 +8,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from omnirt_tasks import requests
 from omnirt_tasks.bench.figures import MS_PER_S, Row, Table, percentile
+from omnirt_tasks.bench.plain import plain_pipeline
 from omnirt_tasks.bench.running import running_system
 from omnirt_tasks.client import Client
-from omnirt_tasks.contract import EventName, GenerateRequest, JobRecord, Task
+from omnirt_tasks.contract import EventName, GenerateRequest, JobRecord
 from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.errors import OperatorError
-from omnirt_tasks.registry import DiffusersModel, LoadRequest, ModelSpec, discover
+from omnirt_tasks.registry import ModelSpec, discover
 
 PROMPT = "a large red circle on a blue background"
 AT_ONCE = 8
@@ -164,12 +164,7 @@ class _Pipeline:
         import torch
 
         torch.set_num_threads(torch_threads)
-        spec = subject.spec
-        assert spec.loader is not None
-        loaded = spec.loader(spec, LoadRequest(subject.weights, "cpu", "fp32"))
-        assert isinstance(loaded, DiffusersModel)
-        self._call: Any = loaded.by_task[Task.TEXT2IMAGE]
-        self._call.set_progress_bar_config(disable=True)
+        self._call = plain_pipeline(subject.spec, subject.weights)
         self._subject = subject
         self._folder = folder
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from omnirt_tasks import requests
 from omnirt_tasks.bench.figures import MS_PER_S, SPREAD_COLUMNS, Row, Table, percentile, spread_ms
+from omnirt_tasks.bench.plain import plain_pipeline
 from omnirt_tasks.bench.running import running_system
 from omnirt_tasks.client import Client
-from omnirt_tasks.contract import EventName, Task
-from omnirt_tasks.registry import DiffusersModel, LoadRequest, discover
+from omnirt_tasks.contract import EventName
+from omnirt_tasks.registry import discover
 
 PROMPT = "a large red circle on a blue background"
 STEPS = 20
@@ -32,12 +33,8 @@ def measure(jobs: int, torch_threads: int) -> Iterator[int | Table]:
 
     torch.set_num_threads(torch_threads)
     spec = discover().find("shapes")
-    assert spec.loader is not None
     assert spec.weights is not None
-    loaded = spec.loader(spec, LoadRequest(spec.weights, "cpu", "fp32"))
-    assert isinstance(loaded, DiffusersModel)
-    pipeline = loaded.by_task[Task.TEXT2IMAGE]
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = plain_pipeline(spec, spec.weights)
 
     def plain_call(seed: int) -> float:
         started = time.perf_counter()

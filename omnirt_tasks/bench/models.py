@@ -9,13 +9,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 
 from omnirt_tasks.bench.figures import MS_PER_S, SPREAD_COLUMNS, Row, Table, percentile, spread_ms
+from omnirt_tasks.bench.plain import plain_pipeline
 from omnirt_tasks.contract import Inputs, ResolvedRequest, Task
-from omnirt_tasks.registry import DiffusersModel, LoadRequest, ModelSpec, discover
+from omnirt_tasks.registry import ModelSpec, discover
 
 if TYPE_CHECKING:
     from workers.host import RunFacts
@@ -94,7 +95,7 @@ def _added(models: Sequence[ModelSpec], scratch: Path, torch_threads: int, pictu
     import torch
 
     torch.set_num_threads(torch_threads)
-    pipelines = [_pipeline(spec) for spec in models]
+    pipelines = [plain_pipeline(spec, spec.weights) for spec in models if spec.weights is not None]
 
     def alone(number: int, seed: int) -> float:
         started = time.perf_counter()
@@ -206,16 +207,6 @@ def _host(models: Sequence[ModelSpec], cache_size: int, torch_threads: int) -> I
         yield host
     finally:
         host.close()
-
-
-def _pipeline(spec: ModelSpec) -> Any:
-    assert spec.loader is not None
-    assert spec.weights is not None
-    loaded = spec.loader(spec, LoadRequest(spec.weights, "cpu", "fp32"))
-    assert isinstance(loaded, DiffusersModel)
-    pipeline = loaded.by_task[Task.TEXT2IMAGE]
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def _run(

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omnirt_tasks.bench.figures import MS_PER_S, Row, Table
+from omnirt_tasks.bench.plain import plain_pipeline
 from omnirt_tasks.bench.random_weights import SIZED
 from omnirt_tasks.contract import Inputs, ResolvedRequest, Task
 from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.errors import OperatorError
-from omnirt_tasks.registry import DiffusersModel, LoadRequest, ModelSpec, discover
+from omnirt_tasks.registry import ModelSpec, discover
 
 if TYPE_CHECKING:
     from workers.chunks.limits import MeasuredLimits, MeasureKey
@@ -100,7 +101,7 @@ def measure(subject: Subject, rounds: int, pictures: int) -> Iterator[int | Tabl
             limits=_recording(seen),
         )
         stack.callback(host.close)
-        pipeline = _pipeline(subject, spec, weights)
+        pipeline = plain_pipeline(spec, weights, backend.torch_device, subject.dtype)
         seeds = itertools.count()
         jobs = _Jobs(host, subject, spec, folder, seeds)
 
@@ -210,15 +211,6 @@ def _torch_device(subject: Subject) -> str:
     from workers.backends import driver
 
     return driver(subject.backend, subject.device).torch_device
-
-
-def _pipeline(subject: Subject, spec: ModelSpec, weights: Path) -> Any:
-    assert spec.loader is not None
-    loaded = spec.loader(spec, LoadRequest(weights, _torch_device(subject), subject.dtype))
-    assert isinstance(loaded, DiffusersModel)
-    pipeline = loaded.by_task[Task.TEXT2IMAGE]
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def _draw(pipeline: Any, subject: Subject, chunk: int, pictures: int, folder: Path, seeds: Iterator[int]) -> None:

@@ -13,11 +13,9 @@ from PIL import Image
 
 from omnirt_tasks.client import Client
 from omnirt_tasks.contract import Artifact, EventName, JobState
-from omnirt_tasks.embedded import EmbeddedBroker
 from omnirt_tasks.requests import text2image
-from omnirt_tasks.settings import Settings
 from tests.support.commands import Command
-from tests.support.processes import Processes
+from tests.support.processes import small_system
 from tests.support.waiting import eventually
 
 WAIT_S = 120.0
@@ -30,22 +28,8 @@ LEVELS_APART = 1
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A gateway with two workers of the stub behind it, and one of shapes."""
     folder = tmp_path_factory.mktemp("system")
-    running = Processes()
-    with EmbeddedBroker() as broker:
-        settings = Settings(
-            redis_url=broker.url,
-            data_dir=folder / "data",
-            run_dir=folder / "run",
-            allow_stub=True,
-            grace_s=1.0,
-            cpu_devices=2,
-        )
-        try:
-            for queue in ("cpu-stub-stub", "cpu-stub-stub", "cpu-shapes"):
-                running.worker(settings, queue)
-            yield running.gateway(settings)[1]
-        finally:
-            running.stop_all()
+    with small_system(folder, "cpu-stub-stub", "cpu-stub-stub", "cpu-shapes", cpu_devices=2) as url:
+        yield url
 
 
 @pytest.fixture

@@ -5,9 +5,19 @@ from dataclasses import dataclass
 
 import pytest
 
-from omnirt_tasks.contract import CancelOutcome
-from omnirt_tasks.jobs.store import Cancelled, Claim, JobStore, Lease, MustRunAlone, Outcome, Reconciled, Requeue
-from tests.support.jobs import DEATHS_MAX, LONG_MS, PICTURES_PER_PART, Rig, claimed, failed, new_job, step, succeeded
+from omnirt_tasks.jobs.store import Cancelled, JobStore, Lease, Outcome, Requeue
+from tests.support.jobs import (
+    DEATHS_MAX,
+    LONG_MS,
+    PICTURES_PER_PART,
+    Rig,
+    claimed,
+    failed,
+    new_job,
+    step,
+    succeeded,
+    told,
+)
 
 LEFT, DIED = Requeue("left"), Requeue("died", died=True)
 
@@ -90,23 +100,6 @@ CALLS: dict[str, Callable[[JobStore, Pair], object]] = {
 }
 
 
-def _told(answer: object) -> str:
-    match answer:
-        case Claim():
-            return "won"
-        case MustRunAlone():
-            return "must run alone"
-        case CancelOutcome():
-            return answer.value
-        case Reconciled(resend, expired, overdue):
-            named = {"resend": resend, "expired": expired, "overdue": overdue}
-            return " ".join(name for name, jobs in named.items() if jobs) or "-"
-        case bool():
-            return "held" if answer else "lost"
-        case _:
-            return "-"
-
-
 def _shown(store: JobStore, pair: Pair) -> str:
     whole = store.get(pair.job_id)
     own, other = (store.get(part).record.state.value for part in whole.parts)
@@ -124,9 +117,9 @@ def _rows(rig: Rig, call: str) -> Sequence[str]:
         answer = CALLS[call](rig.store, pair)
         after, more = _shown(rig.store, pair), rig.store.events(pair.job_id)[len(log) :]
         events = " ".join(event.event.value for event in more)
-        if after != before or events or _told(answer) not in {"-", "lost"}:
+        if after != before or events or told(answer) not in {"-", "lost"}:
             change = after if after != before else ""
-            rows.append(f"{state:21} | {_told(answer):16} | {change:50} | {events}".rstrip(" |"))
+            rows.append(f"{state:21} | {told(answer):16} | {change:50} | {events}".rstrip(" |"))
         rig.store.purge(pair.job_id)
     return rows
 

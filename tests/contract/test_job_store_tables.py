@@ -5,22 +5,18 @@ from dataclasses import replace
 
 import pytest
 
-from omnirt_tasks.contract import CancelOutcome
 from omnirt_tasks.errors import JobNotFound
 from omnirt_tasks.jobs.store import (
     Cancelled,
-    Claim,
     JobQuery,
     JobStore,
     Lease,
-    MustRunAlone,
     NewJob,
     QueueDepth,
-    Reconciled,
     Requeue,
     StoredJob,
 )
-from tests.support.jobs import DEATHS_MAX, LONG_MS, Rig, claimed, failed, new_job, step, succeeded
+from tests.support.jobs import DEATHS_MAX, LONG_MS, Rig, claimed, failed, new_job, step, succeeded, told
 
 # ---------------------------------------------------------------- the states
 
@@ -112,23 +108,6 @@ CALLS: dict[str, Callable[[JobStore, Lease], object]] = {
 NOTHING = {"-", "lost"}
 
 
-def _told(answer: object) -> str:
-    match answer:
-        case Claim():
-            return "won"
-        case MustRunAlone():
-            return "must run alone"
-        case CancelOutcome():
-            return answer.value
-        case Reconciled(resend, expired, overdue):
-            named = {"resend": resend, "expired": expired, "overdue": overdue}
-            return " ".join(name for name, jobs in named.items() if jobs) or "-"
-        case bool():
-            return "held" if answer else "lost"
-        case _:
-            return "-"
-
-
 def _shown(job: StoredJob) -> str:
     facts = [job.record.state.value]
     facts += [job.record.error.code] if job.record.error else []
@@ -147,8 +126,8 @@ def _rows(rig: Rig, call: str) -> Sequence[str]:
         after, more = _shown(rig.store.get(lease.job_id)), rig.store.events(lease.job_id)[len(log) :]
         events = " ".join(event.event.value for event in more)
         change = f" | {after}" if after != before else " |"
-        if change != " |" or events or _told(answer) not in NOTHING:
-            rows.append(f"{state:17} | {_told(answer):16}{change:37} | {events}".rstrip(" |"))
+        if change != " |" or events or told(answer) not in NOTHING:
+            rows.append(f"{state:17} | {told(answer):16}{change:37} | {events}".rstrip(" |"))
         rig.store.purge(lease.job_id)
     return rows
 
@@ -294,7 +273,7 @@ def test_whoever_does_not_hold_the_newest_lease_changes_nothing(rig: Rig, call: 
     }[whose]
     before, log = rig.store.get(newest.job_id), rig.store.events(newest.job_id)
 
-    assert _told(CALLS[call](rig.store, lease)) == "lost"
+    assert told(CALLS[call](rig.store, lease)) == "lost"
 
     assert rig.store.get(newest.job_id) == before
     assert rig.store.events(newest.job_id) == log

@@ -10,7 +10,7 @@ from PIL import Image
 from omnirt_tasks import requests
 from omnirt_tasks.client import Client
 from omnirt_tasks.contract import CancelOutcome, EventName, GenerateRequest, JobState
-from omnirt_tasks.embedded import EmbeddedBroker, free_port
+from omnirt_tasks.embedded import free_port
 from omnirt_tasks.errors import (
     GatewayUnreachable,
     JobCancelled,
@@ -24,7 +24,7 @@ from omnirt_tasks.errors import (
     ValidationFailed,
 )
 from omnirt_tasks.settings import Settings
-from tests.support.processes import Processes
+from tests.support.processes import Processes, small_system
 from tests.support.waiting import eventually
 
 QUEUE = "cpu-stub-stub"
@@ -34,23 +34,8 @@ QUEUE = "cpu-stub-stub"
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """A client of a gateway with a stub worker behind it; all tests here share them."""
     folder = tmp_path_factory.mktemp("system")
-    running = Processes()
-    with EmbeddedBroker() as broker:
-        settings = Settings(
-            redis_url=broker.url,
-            data_dir=folder / "data",
-            run_dir=folder / "run",
-            allow_stub=True,
-            grace_s=1.0,
-            heartbeat_s=0.3,
-        )
-        try:
-            running.worker(settings, QUEUE)
-            _, url = running.gateway(settings)
-            with Client(url) as client:
-                yield client
-        finally:
-            running.stop_all()
+    with small_system(folder, QUEUE, heartbeat_s=0.3) as url, Client(url) as client:
+        yield client
 
 
 def stub(prompt: str = "a cat", **config: object) -> GenerateRequest:

@@ -11,6 +11,7 @@ from omnirt_tasks.clock import unix_ms
 from omnirt_tasks.contract import (
     Artifact,
     ArtifactKind,
+    CancelOutcome,
     ErrorInfo,
     EventName,
     ExecutionMode,
@@ -34,6 +35,7 @@ from omnirt_tasks.jobs.store import (
     MustRunAlone,
     NewJob,
     NewPart,
+    Reconciled,
     Succeeded,
 )
 
@@ -207,3 +209,21 @@ def failed() -> Failed:
 def step(number: int, total: int = 4) -> EventDraft:
     """A step of denoising."""
     return EventDraft(EventName.STAGE_PROGRESS, "denoise", {"step": number, "total": total})
+
+
+def told(answer: object) -> str:
+    """What a store answered, in a word or two, as the tables have it."""
+    match answer:
+        case Claim():
+            return "won"
+        case MustRunAlone():
+            return "must run alone"
+        case CancelOutcome():
+            return answer.value
+        case Reconciled(resend, expired, overdue):
+            named = {"resend": resend, "expired": expired, "overdue": overdue}
+            return " ".join(name for name, jobs in named.items() if jobs) or "-"
+        case bool():
+            return "held" if answer else "lost"
+        case _:
+            return "-"

@@ -5,14 +5,16 @@ import socket
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import SecretStr
 
 from omnirt_tasks.child_process import ChildProcess
+from omnirt_tasks.embedded import EmbeddedBroker
 from omnirt_tasks.graces import GATEWAY_GRACE_S, GATEWAY_MARGIN_S
-from omnirt_tasks.settings import PREFIX, Settings, environment_without_settings
+from omnirt_tasks.settings import PREFIX, Settings, environment_without_settings, load_settings
 from tests.support.waiting import eventually
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -129,3 +131,24 @@ def _as_text(value: object) -> str:
     if isinstance(value, dict | list | tuple):
         return json.dumps(value, default=str)
     return str(value)
+
+
+@contextmanager
+def small_system(folder: Path, *queues: str, **settings: object) -> Iterator[str]:
+    """A gateway with a broker and a worker for each of the queues; where it listens. All data lie below the folder."""
+    running = Processes()
+    with EmbeddedBroker() as broker:
+        own = load_settings(
+            redis_url=broker.url,
+            data_dir=folder / "data",
+            run_dir=folder / "run",
+            allow_stub=True,
+            grace_s=1.0,
+            **settings,
+        )
+        try:
+            for queue in queues:
+                running.worker(own, queue)
+            yield running.gateway(own)[1]
+        finally:
+            running.stop_all()

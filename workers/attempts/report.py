@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from omnirt_tasks.contract import Artifact, Backend, Event, EventName, GenerateResult, RunReport, TimelineEntry
+from omnirt_tasks.jobs.parts import STREAM_EVENTS_MAX
 from omnirt_tasks.jobs.store import Lease, StoredJob
 from workers.host import OutputFile, RunFacts
 
-STREAM_EVENTS_MAX = 256
 BYTES_PER_MB = 1024 * 1024
 # What is done on the host's processor, whatever the device: pixels to files.
 STAGES_OF_THE_HOST = frozenset({"export"})

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from PIL import Image, ImageOps
 
-from omnirt_tasks.contract import ResolvedRequest, Task
+from omnirt_tasks.contract import Task
 from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.registry import DiffusersModel, LoadRequest, ModelSpec
+from omnirt_tasks.registry.work import count_pictures
 from workers.checkpoints import CheckpointWriter
 from workers.context import JobContext, current_job
 from workers.executors import LoadedModel
@@ -155,7 +156,7 @@ def call_arguments(accepted: Collection[str], order: RunOrder) -> dict[str, Any]
     """The arguments of a pipeline's call: of what the request has, those that the pipeline takes."""
     request = order.request
     config = request.config
-    count = number_of_pictures(request)
+    count = count_pictures(request)
     negative_prompt = request.inputs.negative_prompt
     if negative_prompt is None and "true_cfg_scale" in config:
         negative_prompt = NO_NEGATIVE_PROMPT
@@ -174,14 +175,6 @@ def call_arguments(accepted: Collection[str], order: RunOrder) -> dict[str, Any]
         # first seed.
         given[name] = [picture] * count if count > 1 and request.task in CHANGES_PICTURES else picture
     return {name: value for name, value in given.items() if name in accepted and value is not None}
-
-
-def number_of_pictures(request: ResolvedRequest) -> int:
-    """How many pictures the job makes: so many for each of its prompts."""
-    count = request.config.get("num_images_per_prompt", 1)
-    assert isinstance(count, int)
-    prompt = request.inputs.prompt
-    return count * len(prompt) if isinstance(prompt, tuple) else count
 
 
 def _one_for_each_picture(prompts: Sequence[str], negative_prompt: str | None, count: int) -> dict[str, Any]:

@@ -15,13 +15,13 @@ from omnirt_tasks.contract import Task
 from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.errors import ConfigurationError
 from omnirt_tasks.registry import DiffusersModel
+from omnirt_tasks.registry.work import count_pictures
 from workers.checkpoints import CheckpointWriter
 from workers.context import JobContext
 from workers.executors.diffusers_parts import (
     DiffusersExecutor,
     Lender,
     call_arguments,
-    number_of_pictures,
     own_components,
 )
 from workers.host import RunOrder
@@ -90,7 +90,7 @@ def own_pipeline(shared: Any, tokenizers: Mapping[str, Any], order: RunOrder) ->
     if (guider := components.get("guider")) is not None:
         components["guider"] = _own_guider(guider, config)
     if order.request.task is Task.INPAINT:
-        components["vae"] = _vae_of_inpainting(components["vae"], number_of_pictures(order.request))
+        components["vae"] = _vae_of_inpainting(components["vae"], count_pictures(order.request))
     for name, component in components.items():
         setattr(pipeline, name, component)
     return pipeline

@@ -15,7 +15,7 @@ from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.errors import NonFiniteOutput
 from omnirt_tasks.registry import LoadRequest, ModelSpec
 from omnirt_tasks.registry.spec import Checkpointing
-from omnirt_tasks.registry.work import count_pictures
+from omnirt_tasks.registry.work import count_pictures, picture_prompt
 from workers.backends.cpu import process_peak_bytes
 from workers.checkpoints import CheckpointUnusable, CheckpointWriter, read_checkpoint
 from workers.chunks.calls import ChunkKey
@@ -172,8 +172,7 @@ def _eat_memory() -> None:
 def _picture(order: RunOrder, index: int, size: tuple[int, int]) -> Image.Image:
     """Three bars on a background, all taken from the hash of the prompts and the picture's own seed."""
     inputs = order.request.inputs
-    prompts = inputs.prompt if isinstance(inputs.prompt, tuple) else (inputs.prompt or "",)
-    prompt = prompts[index * len(prompts) // count_pictures(order.request)]
+    prompt = picture_prompt(order.request, index) or ""
     words = "\0".join((prompt, inputs.negative_prompt or "", str(picture_seed(order, index))))
     digest = hashlib.sha256(words.encode()).digest()
     width, height = size
