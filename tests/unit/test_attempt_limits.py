@@ -6,6 +6,7 @@ import pytest
 
 from omnirt_tasks.contract import JobState
 from tests.support.attempts import Bench
+from tests.support.waiting import eventually
 
 
 def test_a_job_that_is_given_back_waits_for_its_next_attempt(bench: Bench) -> None:
@@ -107,6 +108,23 @@ def test_a_cancelled_run_ends_by_force_only_where_it_holds_the_device(
     assert ended is not None
     assert ended.record.state is JobState.CANCELLED
     assert len(bench.host.forced) == forced, "a model that loads harms nobody"
+
+
+def test_a_cancelled_load_that_never_ends_is_told_once_no_run_may_last_so_long(
+    make_bench: Callable[..., Bench],
+) -> None:
+    bench = make_bench(job_timeout_s=0.5, stop_patience_s=0.05)
+    bench.host.deaf = True
+    job_id = bench.begun()
+    bench.store.cancel(job_id)
+
+    bench.runner.cancel(job_id)
+
+    ended = bench.end()
+    assert ended is not None
+    assert ended.record.state is JobState.CANCELLED
+    eventually(lambda: bench.stuck)
+    assert job_id in bench.stuck[0]
 
 
 def test_a_jobs_own_deadline_ends_its_run_and_says_so(make_bench: Callable[..., Bench]) -> None:

@@ -35,8 +35,8 @@ class DeafRuns:
             logger.warning("Job %s is left (%s) while its run goes on; the device is free.", run.lease.job_id, reason)
             if reason is InterruptReason.CANCEL:
                 self._end_in_time(run, told)
-        elif not self._host.end_by_force(told):
-            self._on_stuck(f"{told} The device call in hand has lasted {stuck_for_s:.0f} s.")
+        else:
+            self._end_by_force(f"{told} The device call in hand has lasted {stuck_for_s:.0f} s.")
         # A cancelled run that never came back has in truth outlived its limit, but its caller gets what he asked for.
         return RunInterrupted(reason)
 
@@ -49,9 +49,13 @@ class DeafRuns:
 
     def _end_in_time(self, run: Run, told: str) -> None:
         """A run that is left keeps its thread and its model: not for longer than any run may."""
-        last = threading.Timer(run.left_s, lambda: run.on_device and self._host.end_by_force(told))
+        last = threading.Timer(run.left_s, lambda: self._end_by_force(told) if run.on_device else None)
         last.name, last.daemon = f"left-{run.lease.job_id[:8]}", True
         last.start()
         with self._guard:
             self._left = [timer for timer in self._left if timer.is_alive()] + [last]
         run.once_off_device(last.cancel)
+
+    def _end_by_force(self, why: str) -> None:
+        if not self._host.end_by_force(why):
+            self._on_stuck(why)
