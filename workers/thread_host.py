@@ -249,11 +249,11 @@ class ThreadHost:
             with bound(job_id=order.job_id, model=order.request.model):
                 result = self._outcome(job, alone=alone)
                 self._tidy()
-                self._limits.save()
         finally:  # whoever waits gets an outcome, even when telling of an error fails
             with self._lock:
                 self._runs = [run for run in self._runs if run.job is not job]
             outcome.set_result(result)
+        self._limits.save()
 
     def _outcome(self, job: JobContext, *, alone: bool) -> RunOutcome:
         """What became of the run: the one place where its errors end."""
