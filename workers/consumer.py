@@ -6,7 +6,7 @@ from typing import Any
 
 from celery.worker.consumer import Consumer
 
-from workers.consumption import TAKE_NOTHING, put_back
+from workers.consumption import BACK_AGAIN, TAKE_NOTHING, put_back
 
 UNSOUND = (ValueError, TypeError, AttributeError, RecursionError)
 """What kombu and Celery raise over an item that is no message, or one with headers of the wrong kind."""
@@ -42,7 +42,8 @@ class SoundConsumer(Consumer):
         worker = consumer.controller
 
         def handle_or_refuse(message: Any) -> Any:
-            if worker.max_concurrency == TAKE_NOTHING:
+            if worker.max_concurrency in {BACK_AGAIN, TAKE_NOTHING}:
+                worker.max_concurrency = TAKE_NOTHING
                 return put_back(message)
             try:
                 return handle(message)

@@ -2,6 +2,9 @@
 
 The admission limit is Celery's own: with `worker_disable_prefetch` a worker takes no message while it holds as many as
 its `max_concurrency` allows.
+
+    open ─► BACK_AGAIN ─► TAKE_NOTHING ─► open        a worker that closes has a pop under way, for up to a second;
+            a message comes: put back                 kombu would keep what that brings until the worker opens
 """
 
 import time
@@ -13,6 +16,8 @@ from celery.worker import state
 from kombu.transport.virtual import QoS
 
 TAKE_NOTHING = -1  # Celery takes 0 for the pool's size
+BACK_AGAIN = 1_000_000_000
+"""The limit of a worker that has just closed: it reads one more message, and puts it back."""
 LOOK_EVERY_S = 0.05
 HEAR_WITHIN_S = 30.0  # longer than any answer of the broker's is waited for
 
@@ -51,11 +56,16 @@ class CeleryConsumption:
     def __init__(self, worker: Any) -> None:
         self._worker = worker
         self._ended = False
+        self._wanted = 0
 
     def admit(self, messages: int) -> None:
         """See Consumption."""
-        self._worker.max_concurrency = messages if messages and not self._ended else TAKE_NOTHING
-        self._worker.hub.call_soon(_look_again)
+        self._wanted = messages
+        if not messages:
+            self._set_limit()  # before another message is read
+        # It opens in the hub's thread, which may just close behind a message that it puts back; and it wakes the hub,
+        # which asleep would look up to a second late.
+        self._worker.hub.call_soon(self._set_limit)
 
     def end(self, status: int) -> None:
         """See Consumption."""
@@ -66,7 +76,7 @@ class CeleryConsumption:
     def has_room(self) -> bool:
         """See Consumption."""
         limit = self._worker.max_concurrency or self._worker.pool.num_processes
-        return bool(len(state.reserved_requests) < limit)
+        return bool(limit != BACK_AGAIN and len(state.reserved_requests) < limit)
 
     def taken(self) -> int:
         """See Consumption."""
@@ -79,6 +89,12 @@ class CeleryConsumption:
         if consumer.connection is None or taking is None:
             return ()
         return tuple(queue.name for queue in taking.queues)
+
+    def _set_limit(self) -> None:
+        if self._wanted and not self._ended:
+            self._worker.max_concurrency = self._wanted
+        elif self._worker.max_concurrency != TAKE_NOTHING:
+            self._worker.max_concurrency = BACK_AGAIN
 
     def restart(self) -> bool:
         """See Consumption. Celery's consumer takes what is raised in its loop for a lost connection."""
@@ -107,10 +123,6 @@ def put_back(message: Any) -> None:
     qos, tag = message.channel.qos, message.delivery_tag
     qos.restore_by_tag(tag)
     QoS.ack(qos, tag)
-
-
-def _look_again() -> None:
-    """Nothing: the hub, once awake, sees the new limit by itself; asleep it would take up to a second."""
 
 
 def _shut_down(status: int) -> None:
