@@ -13,6 +13,8 @@ from workers.chunks.line import PATIENCE_SHARE, Line, Waiting, WaitUntil
 from workers.chunks.members import Member
 
 KEYS = ("unet 64", "unet 128", "controlnet")
+# No sums of these are a quarter of a step apart: who comes just as the patience ends is neither late nor in time.
+PAUSES_S = (0.0, 0.1037, 0.2113, 0.5179, 3.0341)
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Told:
 scripts = st.builds(
     Script,
     calls=st.lists(
-        st.tuples(st.sampled_from([0.0, 0.1, 0.2, 0.5, 3.0]), st.sampled_from(KEYS), st.integers(1, 3)),
+        st.tuples(st.sampled_from(PAUSES_S), st.sampled_from(KEYS), st.integers(1, 3)),
         min_size=1,
         max_size=8,
     ).map(tuple),
