@@ -11,6 +11,7 @@ from omnirt_tasks.child_process import ChildProcess
 from omnirt_tasks.contract import Event, EventName, JobRecord, JobState, WorkerCapability
 from omnirt_tasks.jobs.store import JobQuery
 from omnirt_tasks.settings import Settings
+from tests.support.files import files_in
 from tests.support.job_system import STUB_QUEUE, JobSystem
 from tests.support.processes import Processes
 from tests.support.waiting import eventually
@@ -176,7 +177,7 @@ def test_a_worker_that_was_frozen_past_its_lease_publishes_nothing_when_it_wakes
     assert result is not None
     folder, scratch = result.parent.parent, system.settings.run_dir / "scratch"
     eventually(lambda: not any(scratch.glob("*/*")), told=lambda: str(list(scratch.glob("*/*"))))
-    assert [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()] == ["2/0.png"]
+    assert [file.relative_to(folder).as_posix() for file in files_in(folder)] == ["2/0.png"]
     assert len(system.events(job_id, EventName.JOB_FINISHED)) == 1
     assert [worker.exit_code for worker in workers] == [None, None]
     later = [system.submit(steps=20, step_ms=20) for _ in range(6)]

@@ -13,6 +13,7 @@ from omnirt_tasks.settings import Settings
 from omnirt_tasks.stores import open_stores
 from omnirt_tasks.uploads import UploadStorage
 from tests.support.disks import read_only, small_disk
+from tests.support.files import files_in
 from tests.support.gateway import png
 from tests.support.job_system import STUB_QUEUE, JobSystem
 from tests.support.jobs import claimed, failed, new_job, succeeded
@@ -37,8 +38,8 @@ def system(settings: Settings) -> Iterator[JobSystem]:
 
 def files(settings: Settings) -> set[str]:
     """Every file of jobs and uploads in the storage, by its place there."""
-    found = (path for path in settings.data_dir.rglob("*") if not path.is_relative_to(settings.data_dir / "chunks"))
-    return {str(path.relative_to(settings.data_dir)) for path in found if path.is_file()}
+    places = {file.relative_to(settings.data_dir) for file in files_in(settings.data_dir)}
+    return {str(place) for place in places if place.parts[0] != "chunks"}
 
 
 def plant(settings: Settings, place: str, age_s: float = 0.0) -> str:

@@ -10,6 +10,7 @@ from websockets.exceptions import ConnectionClosed
 
 from omnirt_tasks.contract import Event, EventName
 from omnirt_tasks.jobs.store import Lease, Requeue, part_id
+from tests.support.files import files_in
 from tests.support.gateway import REQUEST, Gateway, code_of, gateway_settings, png, running_gateway
 from tests.support.waiting import eventually
 
@@ -217,7 +218,7 @@ def test_a_purged_job_is_gone_with_all_its_parts(gateway: Gateway) -> None:
 
     assert gateway.http.get(f"/v1/jobs/{job_id}").status_code == 404
     assert not [key for key in gateway.worker.redis.scan_iter() if job_id in key]
-    assert not [path for path in gateway.settings.data_dir.rglob("*") if job_id in path.name]
+    assert not [file for file in files_in(gateway.settings.data_dir) if job_id in str(file)]
 
 
 def test_a_trace_tells_the_stages_of_each_part(gateway: Gateway) -> None:

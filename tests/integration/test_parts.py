@@ -21,6 +21,7 @@ from omnirt_tasks.splitting import split
 from omnirt_tasks.tasks import GENERATE, send_job
 from omnirt_tasks.validation import parse_request
 from tests.support.collector import Collector
+from tests.support.files import files_in
 from tests.support.job_system import STUB_QUEUE, JobSystem
 from tests.support.processes import Processes
 from tests.support.task_events import TaskEvents
@@ -105,8 +106,7 @@ def outputs(system: JobSystem, job: JobRecord) -> list[bytes]:
 
 def stored(system: JobSystem) -> list[Path]:
     """Every file of a job that lies in the storage."""
-    folder = jobs_folder(system)
-    return [path for path in folder.rglob("*") if path.is_file()] if folder.exists() else []
+    return files_in(jobs_folder(system))
 
 
 def jobs_folder(system: JobSystem) -> Path:

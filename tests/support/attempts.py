@@ -24,6 +24,7 @@ from omnirt_tasks.jobs.memory import MemoryJobStore
 from omnirt_tasks.jobs.store import Claim, EventDraft, Lease, MustRunAlone, NewJob, Outcome, StoredJob
 from omnirt_tasks.splitting import split
 from omnirt_tasks.uploads import UploadStorage
+from tests.support.files import files_in
 from tests.support.waiting import eventually
 from workers.attempts import AttemptRunner
 from workers.attempts.endings import AttemptEnd
@@ -274,7 +275,7 @@ class Bench:
     def stored(self, job_id: str = "job-1") -> list[str]:
         """The files of the job in the storage, relative to its folder."""
         folder = Path(str(self.artifacts.local_path(job_id, 1, "x"))).parent.parent
-        return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+        return [str(file.relative_to(folder)) for file in files_in(folder)]
 
     def close(self) -> None:
         self.store.away = False

@@ -15,6 +15,7 @@ from omnirt_tasks.jobs.connection import connect
 from omnirt_tasks.settings import Settings
 from tests.support.campaign.driver import Story
 from tests.support.campaign.plan import Kind
+from tests.support.files import files_in
 
 # What a job may end with, by what it was there for, whatever was done to the system.
 ENDS = {
@@ -150,13 +151,11 @@ def leftovers(settings: Settings) -> Iterator[str]:
     finally:
         client.close()
     folder = settings.data_dir / "jobs"
-    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
-        yield from _of_file(path, path.relative_to(folder), jobs)
+    for file in files_in(folder):
+        yield from _of_file(file.relative_to(folder), jobs)
 
 
-def _of_file(path: Path, place: Path, jobs: dict[str, list[str]]) -> Iterator[str]:
-    if path.is_dir():
-        return
+def _of_file(place: Path, jobs: dict[str, list[str]]) -> Iterator[str]:
     job_id, attempt = place.parts[0], place.parts[1]
     if job_id not in jobs:
         yield f"{place} belongs to no job"
