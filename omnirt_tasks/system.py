@@ -6,6 +6,7 @@
 Every child has a guard (see `child_process`), so nothing outlives this process, whatever ends it.
 """
 
+import json
 import sys
 import threading
 import time
@@ -35,7 +36,8 @@ def worker_command(queues: Sequence[str], log_level: str) -> list[str]:
 
 def hermetic_environment(**settings: object) -> dict[str, str]:
     """This process's environment with these settings, by their names, in place of every one that it has."""
-    return environment_without_settings() | {f"{PREFIX}{name.upper()}": str(value) for name, value in settings.items()}
+    named = {name: json.dumps(value) if isinstance(value, dict) else str(value) for name, value in settings.items()}
+    return environment_without_settings() | {f"{PREFIX}{name.upper()}": value for name, value in named.items()}
 
 
 class System:

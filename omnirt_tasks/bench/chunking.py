@@ -89,10 +89,10 @@ def measure(subject: Subject, rounds: int, jobs: int, torch_threads: int) -> Ite
 
 @contextmanager
 def _system(subject: Subject, torch_threads: int, **settings: object) -> Iterator["_Running"]:
-    folders = f'{{"{subject.model}": "{subject.weights}"}}'
-    own = {"torch_threads": torch_threads, "preview_every_steps": 0, "concurrency": AT_ONCE + 1, **settings}
+    fixed = {"torch_threads": torch_threads, "preview_every_steps": 0, "concurrency": AT_ONCE + 1}
+    own: dict[str, object] = {**fixed, **settings}
     if subject.folder is not None:
-        own["model_folders"] = folders
+        own["model_folders"] = {subject.model: str(subject.folder)}
     with running_system([f"cpu-{subject.spec.queue}"], **own) as (system, _), Client(system.url) as client:
         yield _Running(subject, client)
 

@@ -272,6 +272,102 @@ def test_a_call_is_passed_by_one_forward_of_each_other_key_at_most(story: Story)
     assert made == [a], "the second preview does not pass it"
 
 
+# For whom it waits: those who prepare to join
+
+
+@pytest.fixture
+def eight_run(story: Story) -> list[Member]:
+    """Eight that share a forward, and have come for the next one."""
+    running = [member() for _ in range(8)]
+    for who in running:
+        story.comes(who)
+    assert story.makes() == running
+    return running
+
+
+def encodes(story: Story, who: Member) -> None:
+    story.comes(who, "text encoder", denoises=False)
+    assert story.makes(elapsed_s=PATIENCE_S / 16) == [who]
+
+
+def test_a_run_encodes_its_prompts_before_the_next_step_of_the_others_and_joins_it(
+    story: Story, eight_run: list[Member]
+) -> None:
+    joiner = member()
+    for who in eight_run:
+        story.comes(who)
+    for _ in range(4):
+        encodes(story, joiner)
+        assert isinstance(story.next(), WaitUntil)
+        story.now_s += PATIENCE_S / 16
+    story.comes(joiner)
+    assert story.makes() == [*eight_run, joiner]
+
+
+def test_those_who_prepare_hold_up_a_step_for_a_quarter_of_it_and_a_call_at_most(
+    story: Story, eight_run: list[Member]
+) -> None:
+    joiners = [member() for _ in range(8)]
+    for who in eight_run:
+        story.comes(who)
+    for joiner in joiners:
+        story.comes(joiner, f"text encoder {id(joiner)}", denoises=False)
+    for joiner in joiners[:3]:
+        assert story.makes(elapsed_s=0.4 * PATIENCE_S) == [joiner]
+    assert story.makes() == eight_run
+    assert story.waited_s == 0
+
+
+def test_one_that_prepares_and_stalls_again_and_again_delays_the_others_by_one_step_in_total(
+    story: Story, eight_run: list[Member]
+) -> None:
+    stalling = member()
+    for _ in range(10):
+        for who in eight_run:
+            story.comes(who)
+        story.comes(stalling, "text encoder", denoises=False)
+        assert {*story.makes(PATIENCE_S / 16), *story.makes(PATIENCE_S / 16)} == {*eight_run, stalling}
+    assert stalling.misses == MISSES_MAX
+    assert PATIENCE_S < story.waited_s <= STEP_S
+
+
+@pytest.mark.parametrize("why", ["another model", "another size", "it shares with nobody", "it has left"])
+def test_nobody_waits_for_one_that_prepares_something_else(story: Story, eight_run: list[Member], why: str) -> None:
+    match why:
+        case "another model":
+            other = member("another")
+        case "another size":
+            other = Member("model", "128x128 fp32")
+        case _:
+            other = member(alone=why == "it shares with nobody")
+    if why != "it has left":
+        for who in eight_run:
+            story.comes(who)
+        story.comes(other, "text encoder", denoises=False)
+        assert story.makes() == eight_run
+        assert story.makes() == [other]
+    else:
+        encodes(story, other)
+        story.line.leave(other)
+    for who in eight_run:
+        story.comes(who)
+    assert story.makes() == eight_run
+    assert story.waited_s == 0
+
+
+def test_a_run_that_prepares_to_join_a_full_chunk_goes_before_it_and_is_not_waited_for() -> None:
+    story = Story(GivenLimits(rows=2))
+    a, b, joiner = (member() for _ in range(3))
+    story.comes(a)
+    story.comes(b)
+    story.makes()
+    story.comes(a)
+    story.comes(b)
+    encodes(story, joiner)
+    assert story.makes() == [a, b]
+    assert story.waited_s == 0
+
+
 # Turns
 
 

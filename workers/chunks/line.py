@@ -1,13 +1,14 @@
 """The line of device calls that wait, and which are made next, together.
 
     oldest call ─► with it those of an equal key, oldest first, as far as limits allow ─► a chunk
-                   whoever shared this key's last forward and is not there yet is waited for, a little
+                   whoever shared this key's last forward and is not there yet is waited for, a little;
+                   so is whoever encodes its prompts, whose calls go before meanwhile, and who joins so much earlier
 
 `choose` decides, and is a function of what it is given; `Line` keeps what it is given. Neither knows of torch, threads
 or clocks.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -20,7 +21,7 @@ from workers.chunks.members import MISSES_MAX, Member
 if TYPE_CHECKING:
     from workers.device import DeviceCall
 
-# How much of a call's time it waits for members that are late.
+# How much of a call's time it waits for members that are late, or that prepare to join.
 PATIENCE_SHARE = 0.25
 
 
@@ -52,6 +53,11 @@ class Waiting:
             return None
         return MeasureKey(self.member.model, self.call.part, self.member.shape)
 
+    @property
+    def prepares(self) -> bool:
+        """Whether its run is yet to denoise, with others."""
+        return self.member is not None and not (self.denoises or self.member.begun or self.member.alone)
+
 
 @dataclass(frozen=True)
 class Flight:
@@ -78,9 +84,16 @@ class WaitUntil:
 
 
 def choose(
-    line: Sequence[Waiting], flights: Mapping[ChunkKey, Flight], limits: Limits, now_s: float
+    line: Sequence[Waiting],
+    flights: Mapping[ChunkKey, Flight],
+    preparing: Collection[Member],
+    limits: Limits,
+    now_s: float,
 ) -> Make | WaitUntil | None:
-    """What is to be made of the calls in the line, oldest first; None of an empty one."""
+    """What is to be made of the calls in the line, oldest first; None of an empty one.
+
+    `preparing` are those of whom a call that prepares was made, and none that denoises has come.
+    """
     windows_s = [_window_ends_s(call, line, flights, limits) for call in line]
     ready = [call for call, ends_s in zip(line, windows_s, strict=True) if ends_s <= now_s]
     if not ready:
@@ -88,14 +101,19 @@ def choose(
     head = ready[0]
     chunk = _chunk(head, line, limits)
     flight = flights.get(head.key)
-    late = [] if flight is None else _late(flight, chunk, line, limits)
-    if flight is None or not late:
+    if flight is None:
         return Make(chunk)
+    there = {each.member for each in line if each.key == head.key}
+    late = _late(flight, chunk, there, limits)
+    joining = _joining(head, line, preparing)
     waits_until_s = max(head.since_s, flight.ended_s) + PATIENCE_SHARE * _expected_s(chunk, flight, late, limits)
-    absent = _not_in(line, late)
+    would_join = joining if len(there) == len(chunk) and _has_room(chunk, 1, limits) else []
+    absent = _not_in(line, (*late, *would_join))
     if waits_until_s <= now_s:
         return Make(chunk, missed=absent)
-    if (first := _first_of(late, head, line)) is not None:  # it comes once this call of another key is made
+    prepares = (each for each in line if each.prepares and each.member in joining)
+    first = _first_of(late, head, line) or next(prepares, None)
+    if first is not None:  # its member comes once this call of another key is made
         return Make(_chunk(first, line, limits))
     return WaitUntil(waits_until_s) if absent else Make(chunk)
 
@@ -140,14 +158,24 @@ def _has_room(chunk: Sequence[Waiting], more_rows: int, limits: Limits) -> bool:
     return measure is None or sum(each.call.rows for each in chunk) + more_rows <= limits.rows_max(measure)
 
 
-def _late(flight: Flight, chunk: Sequence[Waiting], line: Sequence[Waiting], limits: Limits) -> list[Member]:
+def _late(flight: Flight, chunk: Sequence[Waiting], there: Collection[Member | None], limits: Limits) -> list[Member]:
     """Who shared the key's last forward, is not there, and would find room."""
-    key = chunk[0].key
-    there = {each.member for each in line if each.key == key}
     if len(there) > len(chunk):  # more are there than fit
         return []
     late = [member for member in flight.rows if member not in there and member.misses < MISSES_MAX]
     return [member for member in late if _has_room(chunk, flight.rows[member], limits)]
+
+
+def _joining(head: Waiting, line: Sequence[Waiting], preparing: Collection[Member]) -> list[Member]:
+    """Who prepares what the head's run does: of them a call waits, or one was made."""
+    assert head.member is not None, "its key has a flight, so it has a member"
+    alike = (head.member.model, head.member.shape)
+    members = [*preparing, *(each.member for each in line if each.member is not None and each.prepares)]
+    return [
+        member
+        for member in members
+        if (member.model, member.shape) == alike and member.misses < MISSES_MAX and not member.alone
+    ]
 
 
 def _expected_s(chunk: Sequence[Waiting], flight: Flight, late: Sequence[Member], limits: Limits) -> float:
@@ -182,11 +210,14 @@ class Line:
         self._limits = limits
         self._calls: list[Waiting] = []  # oldest first
         self._flights: dict[ChunkKey, Flight] = {}
+        self._preparing: set[Member] = set()
         self._idle = False  # the device stands still for somebody, as of the last decision
 
     def add(self, call: Waiting) -> None:
         """Let a call wait behind the others."""
         self._calls.append(call)
+        if call.denoises and call.member is not None:
+            self._preparing.discard(call.member)
         if call.denoises and call.shares and call.member is not None:
             if call.member.key == call.key:  # twice in a row: where it was before, it comes no more
                 self._leave(call.member, but=call.key)
@@ -196,7 +227,7 @@ class Line:
         """Take out the calls to be made now, as one; none of them can be cancelled any more. None where none waits."""
         while True:
             self._calls = [call for call in self._calls if not call.future.cancelled()]
-            decision = choose(self._calls, self._flights, self._limits, now_s)
+            decision = choose(self._calls, self._flights, self._preparing, self._limits, now_s)
             idle, self._idle = self._idle, isinstance(decision, WaitUntil)
             if not isinstance(decision, Make):
                 return decision
@@ -209,6 +240,7 @@ class Line:
 
     def made(self, calls: Sequence[Waiting], elapsed_s: float, now_s: float) -> None:
         """Note that these calls were made as one; it counts where they are steps of their runs."""
+        self._preparing.update(call.member for call in calls if call.prepares and call.member is not None)
         rows = {call.member: call.call.rows for call in calls if call.denoises and call.member is not None}
         members = list(rows)
         for member in members:
@@ -220,6 +252,7 @@ class Line:
 
     def leave(self, member: Member) -> None:
         """Wait for this member no more, unless it takes part again."""
+        self._preparing.discard(member)
         self._leave(member)
 
     def clear(self) -> Sequence[Waiting]:
