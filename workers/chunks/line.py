@@ -55,8 +55,8 @@ class Waiting:
 
     @property
     def prepares(self) -> bool:
-        """Whether its run is yet to denoise, with others."""
-        return self.member is not None and not (self.denoises or self.member.begun or self.member.alone)
+        """Whether its run is yet to denoise."""
+        return self.member is not None and not (self.denoises or self.member.begun)
 
 
 @dataclass(frozen=True)
