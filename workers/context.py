@@ -17,8 +17,9 @@ from typing import Any
 from omnirt_tasks.clock import unix_ms
 from omnirt_tasks.contract import EventName
 from omnirt_tasks.contract.base import JsonObject
+from workers.chunks.calls import DeviceCall
 from workers.chunks.members import Member
-from workers.device import DeviceCall, DeviceClosed, DeviceThread
+from workers.device import DeviceClosed, DeviceThread
 from workers.host import HostEvent, InterruptReason, OnEvent, RunOrder
 
 # Makes a device call for a job, in the stage it belongs to (None: the present one).

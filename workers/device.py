@@ -9,14 +9,12 @@ they are made that of `workers.chunks.forwards`.
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 from workers.backends import BackendDriver
-from workers.chunks.calls import ChunkKey, Joint
+from workers.chunks.calls import DeviceCall
 from workers.chunks.forwards import Forwards
 from workers.chunks.limits import Limits, MeasuredLimits
 from workers.chunks.line import Line, Waiting, WaitUntil
@@ -27,28 +25,6 @@ log = logging.getLogger(__name__)
 
 class DeviceClosed(RuntimeError):
     """The device has been let go; the call was not made, or its end is not waited for."""
-
-
-@dataclass(frozen=True, eq=False)
-class DeviceCall:
-    """One call of a heavy module: `function(*args, **kwargs)`, a method of `module`.
-
-    Calls of an equal `key` may be made as one, by their `joint`; `rows` is how many samples this one brings. `part`
-    names what is called ("unet", "vae.decode"), for what is measured.
-    """
-
-    module: object
-    function: Callable[..., Any]
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-    key: ChunkKey = field(default_factory=lambda: ChunkKey.alone("it shares with nobody"))
-    joint: Joint | None = None
-    rows: int = 1
-    part: str = ""
-
-    def __call__(self) -> Any:
-        """Make the call, in the thread at hand."""
-        return self.function(*self.args, **self.kwargs)
 
 
 class DeviceThread:

@@ -10,7 +10,7 @@ from omnirt_tasks.contract import Task
 from omnirt_tasks.registry import DiffusersModel, LoadRequest, discover
 from tests.support.hosts import RUN_TIMEOUT_S, Bench, Recorder
 from workers.backends import driver
-from workers.device import DeviceCall
+from workers.chunks.calls import DeviceCall
 from workers.host import RunSucceeded
 from workers.thread_host import ThreadHost
 

@@ -4,10 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from workers.chunks.calls import ChunkKey
+from workers.chunks.calls import ChunkKey, DeviceCall
 from workers.chunks.limits import MeasureKey
 from workers.chunks.members import Member
-from workers.device import DeviceCall
 
 STEP_S = 1.0
 """How long a call is expected to take, unless a test says otherwise."""

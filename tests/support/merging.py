@@ -18,9 +18,10 @@ from omnirt_tasks.errors import JobError
 from omnirt_tasks.registry import DiffusersModel, LoadRequest, ModelSpec, discover
 from workers.backends import driver
 from workers.checkpoints import CheckpointWriter
+from workers.chunks.calls import DeviceCall
 from workers.chunks.limits import MeasureKey
 from workers.context import Interrupted, JobContext
-from workers.device import DeviceCall, DeviceThread
+from workers.device import DeviceThread
 from workers.executors import LoadedModel
 from workers.executors.legacy_call import LegacyCallExecutor
 from workers.executors.modular import ModularExecutor

@@ -16,7 +16,8 @@ from omnirt_tasks.errors import ConfigurationError
 from tests.support.processes import PROJECT
 from workers.backends import DeviceInfo, MemoryInfo, driver
 from workers.backends.probing import probe_apart
-from workers.device import DeviceCall, DeviceThread
+from workers.chunks.calls import DeviceCall
+from workers.device import DeviceThread
 from workers.devices import devices_of, take_device
 from workers.thread_host import ThreadHost
 

@@ -9,9 +9,9 @@ import pytest
 
 from tests.support.chunks import GivenLimits, TellingJoint, call, member
 from workers.backends.stub import StubDriver
+from workers.chunks.calls import DeviceCall
 from workers.chunks.forwards import Forwards
 from workers.chunks.line import Waiting
-from workers.device import DeviceCall
 
 
 class Lost(RuntimeError):

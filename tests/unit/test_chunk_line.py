@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from tests.support.chunks import STEP_S, GivenLimits, call, member
+from workers.chunks.calls import DeviceCall
 from workers.chunks.line import PATIENCE_SHARE, Line, Waiting, WaitUntil
 from workers.chunks.members import MISSES_MAX, Member
-from workers.device import DeviceCall
 
 PATIENCE_S = PATIENCE_SHARE * STEP_S
 

@@ -13,11 +13,10 @@ from torch import nn
 
 from tests.support.tiny_models import tiny_sdxl
 from workers.chunks.arguments import Absent, ListOfEqual, Mask, NamedRows, Numbers, Padded, Rows, Shared, Unread
-from workers.chunks.calls import Joint
+from workers.chunks.calls import DeviceCall, Joint
 from workers.chunks.methods import SharedMethod
 from workers.chunks.outputs import Unsplittable, split
 from workers.chunks.tables import TABLES, Table, Unshared, sharing_of
-from workers.device import DeviceCall
 from workers.executors.heavy import send_to_device
 
 

@@ -10,9 +10,10 @@ from omnirt_tasks.contract import EventName, Inputs, ResolvedRequest, Task
 from tests.support.hosts import Recorder
 from tests.support.waiting import eventually
 from workers.backends.stub import StubDriver
+from workers.chunks.calls import DeviceCall
 from workers.chunks.members import Member
 from workers.context import Interrupted, JobContext, current_job
-from workers.device import DeviceCall, DeviceThread
+from workers.device import DeviceThread
 from workers.host import InterruptReason, RunOrder
 
 TIMEOUT_S = 10.0

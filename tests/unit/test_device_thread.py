@@ -16,8 +16,9 @@ from tests.support.chunks import GivenLimits, TellingJoint, member
 from tests.support.chunks import call as joint_call
 from tests.support.waiting import eventually
 from workers.backends.stub import StubDriver
+from workers.chunks.calls import DeviceCall
 from workers.chunks.members import Member
-from workers.device import DeviceCall, DeviceClosed, DeviceThread
+from workers.device import DeviceClosed, DeviceThread
 
 TIMEOUT_S = 10.0
 

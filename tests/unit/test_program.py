@@ -19,8 +19,9 @@ from omnirt_tasks.registry import LoadRequest, Needs, Program, ProgramRun
 from tests.support.hosts import Recorder
 from tests.support.waiting import eventually
 from workers.backends import driver
+from workers.chunks.calls import DeviceCall
 from workers.context import Interrupted, JobContext
-from workers.device import DeviceCall, DeviceThread
+from workers.device import DeviceThread
 from workers.executors import program as program_module
 from workers.executors.program import ProgramExecutor
 from workers.host import InterruptReason, OutputFile, RunOrder

@@ -1,6 +1,7 @@
 """Chunks: the device calls of several runs that are made as one.
 
-    calls    what calls must agree in (ChunkKey), and how those that do become one (Joint)
+    calls    what a run asks of the device (DeviceCall), what calls must agree in to be made as one (ChunkKey), and how
+             those that do become one (Joint)
     members  the runs as the line sees them: who is waited for, who shared with whom
     line     the calls that wait, and which are made next, together
     limits   how many rows pay, as measured; kept in a file

@@ -1,12 +1,9 @@
-"""What device calls must agree in to be made as one, and how they become one."""
+"""Device calls, what they must agree in to be made as one, and how they become one."""
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, Self
-
-if TYPE_CHECKING:
-    from workers.device import DeviceCall
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self
 
 _alone = itertools.count(1)
 
@@ -33,17 +30,39 @@ class ChunkKey:
         return self.text
 
 
+@dataclass(frozen=True, eq=False)
+class DeviceCall:
+    """One call of a heavy module: `function(*args, **kwargs)`, a method of `module`.
+
+    Calls of an equal `key` may be made as one, by their `joint`; `rows` is how many samples this one brings. `part`
+    names what is called ("unet", "vae.decode"), for what is measured.
+    """
+
+    module: object
+    function: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    key: ChunkKey = field(default_factory=lambda: ChunkKey.alone("it shares with nobody"))
+    joint: "Joint | None" = None
+    rows: int = 1
+    part: str = ""
+
+    def __call__(self) -> Any:
+        """Make the call, in the thread at hand."""
+        return self.function(*self.args, **self.kwargs)
+
+
 class Joint(Protocol):
     """How the calls of one key become one, and one becomes smaller ones. Called in the device thread alone."""
 
-    def together(self, calls: "Sequence[DeviceCall]") -> Sequence[Any]:
+    def together(self, calls: Sequence[DeviceCall]) -> Sequence[Any]:
         """Make the calls as one; a result for each, in order, which shares no memory with another's.
 
         Raises what the module raises.
         """
         ...
 
-    def halves(self, call: "DeviceCall") -> "tuple[DeviceCall, DeviceCall] | None":
+    def halves(self, call: DeviceCall) -> tuple[DeviceCall, DeviceCall] | None:
         """The call as two of fewer rows each, for a device that is too small; None for one that has a single row."""
         ...
 

@@ -14,16 +14,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
 from traceback import clear_frames
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from workers.backends import BackendDriver
-from workers.chunks.calls import Joint
+from workers.chunks.calls import DeviceCall, Joint
 from workers.chunks.limits import Limits, MeasureKey
 from workers.chunks.line import Waiting
 from workers.chunks.members import TooLarge
-
-if TYPE_CHECKING:
-    from workers.device import DeviceCall
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +123,7 @@ class Forwards:
             return Made((waiting,), (), error, 0.0)
         return Made((waiting,), (result,), None, elapsed_s)
 
-    def _made(self, waiting: Waiting, call: "DeviceCall") -> tuple[Any, float]:
+    def _made(self, waiting: Waiting, call: DeviceCall) -> tuple[Any, float]:
         """The result of one run's call, made in halves where it does not fit, and how long it took."""
         measure, joint = waiting.measure, call.joint
         try:
@@ -181,7 +178,7 @@ def _part(calls: Sequence[Waiting]) -> None:
             call.member.alone = True
 
 
-def _together(joint: Joint, calls: "Sequence[DeviceCall]") -> Sequence[Any]:
+def _together(joint: Joint, calls: Sequence[DeviceCall]) -> Sequence[Any]:
     results = joint.together(calls)
     if len(results) != len(calls):
         raise UnevenResults(f"A merged call of {len(calls)} runs gave {len(results)} results.")

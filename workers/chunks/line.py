@@ -12,14 +12,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from workers.chunks.calls import ChunkKey
+from workers.chunks.calls import ChunkKey, DeviceCall
 from workers.chunks.limits import Limits, MeasureKey
 from workers.chunks.members import MISSES_MAX, Member
-
-if TYPE_CHECKING:
-    from workers.device import DeviceCall
 
 # How much of a call's time it waits for members that are late, or that prepare to join.
 PATIENCE_SHARE = 0.25
@@ -33,7 +30,7 @@ class Waiting:
     keys of which a later call was made before it.
     """
 
-    call: "DeviceCall"
+    call: DeviceCall
     member: Member | None
     since_s: float
     denoises: bool = False

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from workers.chunks.arguments import Arguments, Digests, RunsAlone
-from workers.chunks.calls import ChunkKey
+from workers.chunks.calls import ChunkKey, DeviceCall
 from workers.chunks.outputs import join, split
 from workers.chunks.tables import Table
-from workers.device import DeviceCall
 
 log = logging.getLogger(__name__)
 

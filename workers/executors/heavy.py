@@ -17,11 +17,10 @@ import torch
 from torch import nn
 
 from omnirt_tasks.errors import ModelFailed, NonFiniteOutput
-from workers.chunks.calls import ChunkKey
+from workers.chunks.calls import ChunkKey, DeviceCall
 from workers.chunks.methods import SharedMethod
 from workers.chunks.tables import Table, Unshared, sharing_of
 from workers.context import DENOISE, current_job
-from workers.device import DeviceCall
 from workers.loading import Sharing
 
 log = logging.getLogger(__name__)

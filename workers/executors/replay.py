@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from workers.checkpoints import CheckpointUnusable, read_checkpoint
+from workers.chunks.calls import DeviceCall
 from workers.context import JobContext
-from workers.device import DeviceCall
 from workers.executors.denoising_state import DenoisingState, can_be_put_back, put_back
 
 log = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from workers.checkpoints import CheckpointWriter
+from workers.chunks.calls import DeviceCall
 from workers.context import JobContext
-from workers.device import DeviceCall
 from workers.executors.denoising_state import run_name, state_after
 from workers.executors.pictures import PNG, png_bytes
 from workers.executors.replay import Replay

@@ -18,9 +18,8 @@ from omnirt_tasks.registry.spec import Checkpointing
 from omnirt_tasks.registry.work import count_pictures, picture_prompt
 from workers.backends.cpu import process_peak_bytes
 from workers.checkpoints import CheckpointUnusable, CheckpointWriter, read_checkpoint
-from workers.chunks.calls import ChunkKey
+from workers.chunks.calls import ChunkKey, DeviceCall
 from workers.context import DENOISE, JobContext
-from workers.device import DeviceCall
 from workers.executors import LoadedModel
 from workers.executors.pictures import PNG, picture_seed, png_bytes, save_pictures
 from workers.host import OutputFile, RunOrder
