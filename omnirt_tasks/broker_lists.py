@@ -10,7 +10,7 @@ import redis
 from omnirt_tasks.celery_app import PRIORITY_STEPS
 from omnirt_tasks.contract import Priority
 from omnirt_tasks.jobs.connection import reaching_store
-from omnirt_tasks.jobs.store import WakeUp
+from omnirt_tasks.jobs.values import WakeUp
 
 SEPARATOR = "\x06\x16"
 LOOK_AMONG = 100

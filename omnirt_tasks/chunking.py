@@ -14,7 +14,7 @@ from omnirt_tasks.celery_app import TasksApp
 from omnirt_tasks.contract import JobRecord, JobState
 from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.errors import Internal, OmnirtError, error_from
-from omnirt_tasks.jobs.store import StoredJob
+from omnirt_tasks.jobs.values import StoredJob
 from omnirt_tasks.settings import Settings
 from omnirt_tasks.tasks import GENERATE, send_job
 

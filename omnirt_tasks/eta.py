@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, pvariance
 
-from omnirt_tasks.jobs.store import ServiceTime
+from omnirt_tasks.jobs.values import ServiceTime
 
 SETTLED_S = 2.0
 """A job that has waited for so long though slots are free shows that they cannot be used."""

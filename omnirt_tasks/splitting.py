@@ -5,7 +5,7 @@ from math import ceil
 
 from omnirt_tasks.contract import ResolvedRequest, Task, WorkerCapability
 from omnirt_tasks.contract.capability import ChunkMeasure
-from omnirt_tasks.jobs.store import NewPart
+from omnirt_tasks.jobs.values import NewPart
 from omnirt_tasks.registry.options import COUNT_OPTION
 from omnirt_tasks.registry.spec import SEED_MAX
 from omnirt_tasks.registry.work import count_pictures, picture_prompt

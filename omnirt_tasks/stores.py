@@ -18,7 +18,7 @@ from omnirt_tasks.jobs.fleet import RedisFleet
 from omnirt_tasks.jobs.housekeeping import Chore, Turn
 from omnirt_tasks.jobs.reconciler import Reconciler, redis_age, redis_turn
 from omnirt_tasks.jobs.redis import RedisJobStore
-from omnirt_tasks.jobs.store import StoredJob, WakeUp
+from omnirt_tasks.jobs.values import StoredJob, WakeUp
 from omnirt_tasks.settings import Settings
 from omnirt_tasks.uploads import UploadStorage
 

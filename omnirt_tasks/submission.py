@@ -27,7 +27,8 @@ from omnirt_tasks.errors import (
     ValidationFailed,
 )
 from omnirt_tasks.jobs.fleet import LiveWorkers
-from omnirt_tasks.jobs.store import Idempotency, JobStore, NewJob, StoredJob, WakeUp
+from omnirt_tasks.jobs.store import JobStore
+from omnirt_tasks.jobs.values import Idempotency, NewJob, StoredJob, WakeUp
 from omnirt_tasks.registry.catalog import Catalog
 from omnirt_tasks.registry.spec import ModelSpec
 from omnirt_tasks.registry.work import count_pictures

@@ -9,7 +9,7 @@ from kombu.exceptions import OperationalError
 
 from omnirt_tasks.contract import Priority
 from omnirt_tasks.errors import StoreUnavailable
-from omnirt_tasks.jobs.store import WakeUp
+from omnirt_tasks.jobs.values import WakeUp
 
 GENERATE = "omnirt.generate"
 CELERY_PRIORITIES: Mapping[Priority, int] = MappingProxyType({Priority.HIGH: 0, Priority.NORMAL: 3, Priority.LOW: 6})

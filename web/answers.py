@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from omnirt_tasks.contract import JobRecord
 from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.jobs.effects import unknown_job
-from omnirt_tasks.jobs.store import StoredJob
+from omnirt_tasks.jobs.values import StoredJob
 from web.services import services
 
 JSON = "application/json"

@@ -9,7 +9,8 @@ from omnirt_tasks.contract import WorkerCapability
 from omnirt_tasks.errors import JobNotFound
 from omnirt_tasks.eta import Eta, Line, Served
 from omnirt_tasks.jobs.effects import service_kind
-from omnirt_tasks.jobs.store import JobStore, StoredJob
+from omnirt_tasks.jobs.store import JobStore
+from omnirt_tasks.jobs.values import StoredJob
 
 TOLD_ANEW_S = 1.0
 

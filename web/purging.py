@@ -2,7 +2,7 @@
 
 from omnirt_tasks.contract import CancelOutcome
 from omnirt_tasks.jobs.connection import reaching_store
-from omnirt_tasks.jobs.store import StoredJob
+from omnirt_tasks.jobs.values import StoredJob
 from web.services import Services
 
 

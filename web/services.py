@@ -17,7 +17,9 @@ from omnirt_tasks.contract import QueueReadiness, QueueStatus
 from omnirt_tasks.jobs.connection import reaching_store
 from omnirt_tasks.jobs.fleet import LiveWorkers
 from omnirt_tasks.jobs.reconciler import Reconciler
-from omnirt_tasks.jobs.store import EventFeed, JobStore, QueueDepth, StoredJob
+from omnirt_tasks.jobs.store import JobStore
+from omnirt_tasks.jobs.subscription import EventFeed
+from omnirt_tasks.jobs.values import QueueDepth, StoredJob
 from omnirt_tasks.observability import tracing
 from omnirt_tasks.registry import Catalog, discover
 from omnirt_tasks.routing import plain_name

@@ -35,7 +35,7 @@ from omnirt_tasks.jobs.housekeeping import everyones_turn
 from omnirt_tasks.jobs.memory import MemoryJobStore
 from omnirt_tasks.jobs.memory_feed import MemoryFeed
 from omnirt_tasks.jobs.reconciler import Reconciler
-from omnirt_tasks.jobs.store import Claim, Failed, JobQuery, Origin, StoredJob, WakeUp
+from omnirt_tasks.jobs.values import Claim, Failed, JobQuery, Origin, StoredJob, WakeUp
 from omnirt_tasks.jobs.watch import wait_finished, watch
 from omnirt_tasks.registry import Catalog, discover
 from omnirt_tasks.routing import parse_queue

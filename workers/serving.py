@@ -24,7 +24,8 @@ from omnirt_tasks.clock import unix_ms
 from omnirt_tasks.contract import Backend, WorkerCapability
 from omnirt_tasks.errors import ConfigurationError, StoreUnavailable
 from omnirt_tasks.jobs.fleet import Fleet
-from omnirt_tasks.jobs.store import EventFeed, StoredJob, WakeUp
+from omnirt_tasks.jobs.subscription import EventFeed
+from omnirt_tasks.jobs.values import StoredJob, WakeUp
 from omnirt_tasks.observability import tracing
 from omnirt_tasks.observability.metrics import DeviceMetrics, MetricsServer
 from omnirt_tasks.settings import Placement, Settings

@@ -16,7 +16,7 @@ from omnirt_tasks.chunking import ChunkingTask
 from omnirt_tasks.contract import JobState
 from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.errors import StoreUnavailable, WorkerLost
-from omnirt_tasks.jobs.store import StoredJob, WakeUp
+from omnirt_tasks.jobs.values import StoredJob, WakeUp
 from workers.attempts import AttemptRunner
 from workers.attempts.endings import LEAVING, NO_ROOM, AttemptEnd
 

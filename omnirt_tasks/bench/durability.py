@@ -27,7 +27,7 @@ from omnirt_tasks.contract import ErrorInfo
 from omnirt_tasks.embedded import EmbeddedBroker
 from omnirt_tasks.jobs.connection import connect
 from omnirt_tasks.jobs.redis import RedisJobStore
-from omnirt_tasks.jobs.store import Claim, Failed, Lease, NewJob
+from omnirt_tasks.jobs.values import Claim, Failed, Lease, NewJob
 from omnirt_tasks.registry import discover
 from omnirt_tasks.settings import Fsync
 from omnirt_tasks.validation import Door, resolve

@@ -12,7 +12,7 @@ from omnirt_tasks.client import Client
 from omnirt_tasks.contract import ErrorInfo, EventName
 from omnirt_tasks.jobs.connection import connect
 from omnirt_tasks.jobs.redis import RedisJobStore
-from omnirt_tasks.jobs.store import Claim, EventDraft, Failed
+from omnirt_tasks.jobs.values import Claim, EventDraft, Failed
 
 PAUSE_S = 0.005
 LEASE_MS = 600_000

@@ -21,7 +21,7 @@ from omnirt_tasks.contract.job import PartCounts
 from omnirt_tasks.contract.request import TAG_MARK
 from omnirt_tasks.contract.states import PHASE_OF_STAGE
 from omnirt_tasks.errors import IdempotencyMismatch, JobNotFound, JobTimeout, QueueFull, WorkerLost
-from omnirt_tasks.jobs.store import Cancelled, EventDraft, Failed, NewJob, Outcome, Succeeded
+from omnirt_tasks.jobs.values import Cancelled, EventDraft, Failed, NewJob, Outcome, Succeeded
 from omnirt_tasks.registry.work import count_pictures
 
 EVENT_LOG_LENGTH = 1_000

@@ -11,7 +11,8 @@ from threading import Event, Thread
 from time import monotonic
 
 from omnirt_tasks.errors import OmnirtError, StoreUnavailable
-from omnirt_tasks.jobs.store import JobStore, StoredJob
+from omnirt_tasks.jobs.store import JobStore
+from omnirt_tasks.jobs.values import StoredJob
 
 log = logging.getLogger(__name__)
 

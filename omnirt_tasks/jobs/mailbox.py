@@ -6,7 +6,7 @@ from threading import Condition
 
 from omnirt_tasks.contract import Event
 from omnirt_tasks.errors import StoreUnavailable
-from omnirt_tasks.jobs.store import Missed
+from omnirt_tasks.jobs.subscription import Missed
 
 MAILBOX_SIZE = 256
 

@@ -25,7 +25,7 @@ from omnirt_tasks.jobs.effects import (
 from omnirt_tasks.jobs.memory_entry import Entry, KeyUse
 from omnirt_tasks.jobs.memory_life import Lives
 from omnirt_tasks.jobs.parts import accepted_parts, part_ids
-from omnirt_tasks.jobs.store import (
+from omnirt_tasks.jobs.values import (
     Cancelled,
     Checkpoint,
     Claim,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from omnirt_tasks.contract import Event, JobRecord, JobState, Priority, Progress
 from omnirt_tasks.jobs.effects import EVENT_LOG_LENGTH, RANKS
-from omnirt_tasks.jobs.store import ServiceTime, StoredJob
+from omnirt_tasks.jobs.values import ServiceTime, StoredJob
 
 
 @dataclass(frozen=True)

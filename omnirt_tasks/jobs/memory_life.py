@@ -35,7 +35,7 @@ from omnirt_tasks.jobs.effects import (
 )
 from omnirt_tasks.jobs.memory_entry import Entry, ServiceTimes, passed
 from omnirt_tasks.jobs.parts import error_of_part, joined, origins_of
-from omnirt_tasks.jobs.store import Cancelled, EventDraft, Failed, Outcome, Requeue, ServiceTime, Succeeded
+from omnirt_tasks.jobs.values import Cancelled, EventDraft, Failed, Outcome, Requeue, ServiceTime, Succeeded
 
 
 class Lives:

@@ -7,7 +7,7 @@ from itertools import chain
 from omnirt_tasks.contract import Artifact, ErrorInfo, Event, GenerateResult, RunReport
 from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.contract.request import ResolvedRequest
-from omnirt_tasks.jobs.store import NewJob, Origin, PartOf, StoredJob, part_id
+from omnirt_tasks.jobs.values import NewJob, Origin, PartOf, StoredJob, part_id
 from omnirt_tasks.registry.options import COUNT_OPTION
 from omnirt_tasks.registry.work import count_pictures
 

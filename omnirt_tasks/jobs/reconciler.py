@@ -18,7 +18,8 @@ from redis.exceptions import LockError
 from omnirt_tasks.errors import StoreUnavailable
 from omnirt_tasks.jobs.connection import reaching_store
 from omnirt_tasks.jobs.housekeeping import Chore, ExpirySweep, Housekeeper, Turn, everyones_turn
-from omnirt_tasks.jobs.store import JobStore, Reconciled, StoredJob, WakeUp
+from omnirt_tasks.jobs.store import JobStore
+from omnirt_tasks.jobs.values import Reconciled, StoredJob, WakeUp
 
 log = logging.getLogger(__name__)
 

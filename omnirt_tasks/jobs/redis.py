@@ -62,7 +62,7 @@ from omnirt_tasks.jobs.redis_record import (
     stored_job,
 )
 from omnirt_tasks.jobs.scripting import RANK_SPAN, Scripts
-from omnirt_tasks.jobs.store import (
+from omnirt_tasks.jobs.values import (
     Claim,
     EventDraft,
     Failed,

@@ -18,7 +18,7 @@ from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.contract.job import PartCounts
 from omnirt_tasks.jobs.effects import progress, service_kind
 from omnirt_tasks.jobs.parts import AcceptedPart, origins_of, part_ids
-from omnirt_tasks.jobs.store import Checkpoint, NewJob, PartOf, StoredJob
+from omnirt_tasks.jobs.values import Checkpoint, NewJob, PartOf, StoredJob
 
 # A listing shows no results, and they are the largest part of a record.
 FIELDS_OF_PAGE = (

@@ -6,7 +6,9 @@ from time import monotonic
 
 from omnirt_tasks.contract import Event
 from omnirt_tasks.errors import StoreUnavailable
-from omnirt_tasks.jobs.store import EventSource, JobStore, StoredJob
+from omnirt_tasks.jobs.store import JobStore
+from omnirt_tasks.jobs.subscription import EventSource
+from omnirt_tasks.jobs.values import StoredJob
 
 RETRY_S = 1.0
 """How long a watcher waits before it asks a store again that was away."""

@@ -10,18 +10,8 @@ import pytest
 from omnirt_tasks.contract import CancelOutcome, EventName, ExecutionMode, JobState, Phase, Task
 from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.errors import JobNotFound, QueueFull
-from omnirt_tasks.jobs.store import (
-    Cancelled,
-    Claim,
-    EventDraft,
-    JobQuery,
-    JobStore,
-    Lease,
-    Outcome,
-    QueueDepth,
-    Requeue,
-    WakeUp,
-)
+from omnirt_tasks.jobs.store import JobStore
+from omnirt_tasks.jobs.values import Cancelled, Claim, EventDraft, JobQuery, Lease, Outcome, QueueDepth, Requeue, WakeUp
 from tests.support.jobs import LONG_MS, Rig, claimed, failed, new_job, step, succeeded, won
 
 # ---------------------------------------------------------------- states to start from

@@ -7,7 +7,7 @@ import pytest
 
 from omnirt_tasks.contract import JobState
 from omnirt_tasks.errors import IdempotencyMismatch, JobNotFound
-from omnirt_tasks.jobs.store import JobQuery
+from omnirt_tasks.jobs.values import JobQuery
 from tests.support.jobs import Rig, claimed, failed, idempotency, new_job, succeeded
 
 

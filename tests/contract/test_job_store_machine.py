@@ -23,12 +23,12 @@ from omnirt_tasks.jobs.connection import connect
 from omnirt_tasks.jobs.effects import AWAITED_MS
 from omnirt_tasks.jobs.memory import MemoryJobStore
 from omnirt_tasks.jobs.redis import RedisJobStore
-from omnirt_tasks.jobs.store import (
+from omnirt_tasks.jobs.store import JobStore
+from omnirt_tasks.jobs.values import (
     Cancelled,
     Checkpoint,
     Claim,
     JobQuery,
-    JobStore,
     Lease,
     MustRunAlone,
     Outcome,

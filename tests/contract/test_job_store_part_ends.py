@@ -7,11 +7,11 @@ import pytest
 from omnirt_tasks.contract import CancelOutcome, Event, EventName, JobState, Priority
 from omnirt_tasks.contract.job import PartCounts
 from omnirt_tasks.errors import JobNotFound
-from omnirt_tasks.jobs.store import (
+from omnirt_tasks.jobs.store import JobStore
+from omnirt_tasks.jobs.values import (
     Cancelled,
     EventDraft,
     JobQuery,
-    JobStore,
     Lease,
     Outcome,
     QueueDepth,

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from omnirt_tasks.jobs.store import Cancelled, JobStore, Lease, Outcome, Requeue
+from omnirt_tasks.jobs.store import JobStore
+from omnirt_tasks.jobs.values import Cancelled, Lease, Outcome, Requeue
 from tests.support.jobs import (
     DEATHS_MAX,
     LONG_MS,

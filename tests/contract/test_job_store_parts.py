@@ -7,7 +7,7 @@ import pytest
 from omnirt_tasks.contract import Event, EventName, JobState, Phase
 from omnirt_tasks.contract.job import PartCounts, Progress
 from omnirt_tasks.errors import QueueFull
-from omnirt_tasks.jobs.store import (
+from omnirt_tasks.jobs.values import (
     Checkpoint,
     EventDraft,
     JobQuery,

@@ -5,7 +5,7 @@ import pytest
 from omnirt_tasks.contract import JobState, Priority
 from omnirt_tasks.jobs.effects import SERVICE_TIMES_KEPT_MS, SERVICE_TIMES_MAX, service_kind
 from omnirt_tasks.jobs.memory import MemoryJobStore
-from omnirt_tasks.jobs.store import QueueDepth, Requeue, ServiceTime, WakeUp, part_id
+from omnirt_tasks.jobs.values import QueueDepth, Requeue, ServiceTime, WakeUp, part_id
 from tests.support.jobs import LONG_MS, PROMOTE_AFTER_MS, ManualClock, Rig, claimed, failed, new_job, succeeded
 
 QUEUE = "cpu-shapes"

@@ -8,7 +8,7 @@ import pytest
 from omnirt_tasks.contract import CancelOutcome, Event, EventName, JobState
 from omnirt_tasks.errors import JobNotFound
 from omnirt_tasks.jobs.effects import AWAITED_MS
-from omnirt_tasks.jobs.store import (
+from omnirt_tasks.jobs.values import (
     Checkpoint,
     Claim,
     JobPage,

@@ -6,16 +6,8 @@ from dataclasses import replace
 import pytest
 
 from omnirt_tasks.errors import JobNotFound
-from omnirt_tasks.jobs.store import (
-    Cancelled,
-    JobQuery,
-    JobStore,
-    Lease,
-    NewJob,
-    QueueDepth,
-    Requeue,
-    StoredJob,
-)
+from omnirt_tasks.jobs.store import JobStore
+from omnirt_tasks.jobs.values import Cancelled, JobQuery, Lease, NewJob, QueueDepth, Requeue, StoredJob
 from tests.support.jobs import DEATHS_MAX, LONG_MS, Rig, claimed, failed, new_job, step, succeeded, told
 
 # ---------------------------------------------------------------- the states

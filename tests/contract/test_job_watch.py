@@ -10,7 +10,8 @@ import pytest
 
 from omnirt_tasks.contract import Event, EventName
 from omnirt_tasks.errors import JobNotFound, StoreUnavailable
-from omnirt_tasks.jobs.store import Cancelled, EventFeed, Lease, Missed, Subscription
+from omnirt_tasks.jobs.subscription import EventFeed, Missed, Subscription
+from omnirt_tasks.jobs.values import Cancelled, Lease
 from omnirt_tasks.jobs.watch import wait_finished, watch
 from tests.support.jobs import Rig, claimed, failed, new_job, step
 from tests.support.waiting import eventually

@@ -9,7 +9,7 @@ import pytest
 
 from omnirt_tasks.child_process import ChildProcess
 from omnirt_tasks.contract import Event, EventName, JobRecord, JobState, WorkerCapability
-from omnirt_tasks.jobs.store import JobQuery
+from omnirt_tasks.jobs.values import JobQuery
 from omnirt_tasks.settings import Settings
 from tests.support.files import files_in
 from tests.support.job_system import STUB_QUEUE, JobSystem

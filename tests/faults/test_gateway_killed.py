@@ -15,7 +15,7 @@ from websockets.exceptions import ConnectionClosed
 from omnirt_tasks import requests
 from omnirt_tasks.client import Client
 from omnirt_tasks.contract import EventName, JobState
-from omnirt_tasks.jobs.store import Lease, NewJob
+from omnirt_tasks.jobs.values import Lease, NewJob
 from omnirt_tasks.registry import discover
 from omnirt_tasks.settings import Settings
 from omnirt_tasks.validation import Door, parse_request, resolve

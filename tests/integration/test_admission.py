@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from omnirt_tasks.contract import EventName, JobState, Phase
-from omnirt_tasks.jobs.store import Claim, Requeue
+from omnirt_tasks.jobs.values import Claim, Requeue
 from omnirt_tasks.registry import discover
 from omnirt_tasks.settings import Settings
 from omnirt_tasks.submission import Submission

@@ -9,7 +9,7 @@ import pytest
 from omnirt_tasks.broker_lists import list_of, move_to_front
 from omnirt_tasks.celery_app import broker_prefix
 from omnirt_tasks.contract import Priority
-from omnirt_tasks.jobs.store import WakeUp
+from omnirt_tasks.jobs.values import WakeUp
 from omnirt_tasks.settings import Settings
 from omnirt_tasks.tasks import CELERY_PRIORITIES, send_job
 from tests.support.job_system import STUB_QUEUE, JobSystem

@@ -18,7 +18,7 @@ from omnirt_tasks.errors import (
     ValidationFailed,
 )
 from omnirt_tasks.jobs.memory import MemoryJobStore
-from omnirt_tasks.jobs.store import NewJob, StoredJob
+from omnirt_tasks.jobs.values import NewJob, StoredJob
 from omnirt_tasks.settings import Settings, load_settings
 from omnirt_tasks.validation import Resolution, parse_request, resolve
 from tests.support.waiting import eventually

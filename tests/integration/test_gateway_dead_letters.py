@@ -11,7 +11,7 @@ from omnirt_tasks.cli import cli
 from omnirt_tasks.client import Client
 from omnirt_tasks.contract import JobState
 from omnirt_tasks.errors import JobTimeout, NotFound
-from omnirt_tasks.jobs.store import Claim, Requeue
+from omnirt_tasks.jobs.values import Claim, Requeue
 from omnirt_tasks.requests import text2image
 from omnirt_tasks.results import result_of
 from tests.support.gateway import LEASE_MS, Gateway, code_of, gateway_settings, running_gateway

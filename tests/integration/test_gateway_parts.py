@@ -9,7 +9,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 
 from omnirt_tasks.contract import Event, EventName
-from omnirt_tasks.jobs.store import Lease, Requeue, part_id
+from omnirt_tasks.jobs.values import Lease, Requeue, part_id
 from tests.support.files import files_in
 from tests.support.gateway import REQUEST, Gateway, code_of, gateway_settings, png, running_gateway
 from tests.support.waiting import eventually

@@ -15,7 +15,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection
 
 from omnirt_tasks.contract import EventName
-from omnirt_tasks.jobs.store import EventDraft
+from omnirt_tasks.jobs.values import EventDraft
 from tests.support.gateway import Gateway, Told, code_of, gateway_settings, running_gateway
 from tests.support.waiting import eventually
 

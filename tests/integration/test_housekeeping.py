@@ -12,7 +12,7 @@ from omnirt_tasks.errors import JobNotFound, StorageError, StoreUnavailable
 from omnirt_tasks.jobs.housekeeping import Chore, ExpirySweep, Housekeeper
 from omnirt_tasks.jobs.memory import MemoryJobStore
 from omnirt_tasks.jobs.reconciler import Reconciler
-from omnirt_tasks.jobs.store import StoredJob, WakeUp
+from omnirt_tasks.jobs.values import StoredJob, WakeUp
 from tests.support.jobs import ManualClock, new_job
 from tests.support.waiting import eventually
 

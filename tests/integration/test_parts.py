@@ -15,7 +15,7 @@ from PIL import Image
 
 from omnirt_tasks.celery_app import broker_prefix
 from omnirt_tasks.contract import TERMINAL_EVENTS, EventName, JobRecord, JobState, RunReport
-from omnirt_tasks.jobs.store import NewJob, part_id
+from omnirt_tasks.jobs.values import NewJob, part_id
 from omnirt_tasks.settings import Settings
 from omnirt_tasks.splitting import split
 from omnirt_tasks.tasks import GENERATE, send_job

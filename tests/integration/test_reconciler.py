@@ -24,7 +24,8 @@ from omnirt_tasks.jobs.housekeeping import Turn, everyones_turn
 from omnirt_tasks.jobs.memory import MemoryJobStore
 from omnirt_tasks.jobs.reconciler import Reconciler, redis_age, redis_turn
 from omnirt_tasks.jobs.redis import RedisJobStore
-from omnirt_tasks.jobs.store import JobStore, Reconciled, Requeue, StoredJob, WakeUp
+from omnirt_tasks.jobs.store import JobStore
+from omnirt_tasks.jobs.values import Reconciled, Requeue, StoredJob, WakeUp
 from omnirt_tasks.settings import Settings
 from omnirt_tasks.tasks import send_job
 from tests.support.jobs import ManualClock, claimed, failed, new_job, pass_redis_time

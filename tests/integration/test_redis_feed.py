@@ -16,7 +16,8 @@ from omnirt_tasks.errors import StoreUnavailable
 from omnirt_tasks.jobs.connection import connect
 from omnirt_tasks.jobs.feed import RedisFeed
 from omnirt_tasks.jobs.redis import RedisJobStore
-from omnirt_tasks.jobs.store import Lease, Missed
+from omnirt_tasks.jobs.subscription import Missed
+from omnirt_tasks.jobs.values import Lease
 from omnirt_tasks.jobs.watch import wait_finished, watch
 from omnirt_tasks.settings import Settings, load_settings
 from tests.support.jobs import claimed, failed, new_job, step

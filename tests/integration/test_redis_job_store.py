@@ -14,7 +14,8 @@ from omnirt_tasks.jobs import effects
 from omnirt_tasks.jobs.connection import connect, reaching_store
 from omnirt_tasks.jobs.redis import RedisJobStore
 from omnirt_tasks.jobs.scripting import RANK_SPAN, prelude
-from omnirt_tasks.jobs.store import Checkpoint, EventDraft, JobQuery, JobStore, Lease, Reconciled, Requeue, WakeUp
+from omnirt_tasks.jobs.store import JobStore
+from omnirt_tasks.jobs.values import Checkpoint, EventDraft, JobQuery, Lease, Reconciled, Requeue, WakeUp
 from omnirt_tasks.settings import Settings
 from tests.support.jobs import (
     LONG_MS,

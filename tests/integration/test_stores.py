@@ -5,7 +5,7 @@ from contextlib import closing
 from pydantic import SecretStr
 
 from omnirt_tasks.celery_app import make_app
-from omnirt_tasks.jobs.store import WakeUp
+from omnirt_tasks.jobs.values import WakeUp
 from omnirt_tasks.settings import Settings
 from omnirt_tasks.stores import open_stores
 from omnirt_tasks.tasks import send_job

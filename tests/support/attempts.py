@@ -21,7 +21,7 @@ from omnirt_tasks.contract import (
 )
 from omnirt_tasks.errors import StoreUnavailable
 from omnirt_tasks.jobs.memory import MemoryJobStore
-from omnirt_tasks.jobs.store import Claim, EventDraft, Lease, MustRunAlone, NewJob, Outcome, StoredJob
+from omnirt_tasks.jobs.values import Claim, EventDraft, Lease, MustRunAlone, NewJob, Outcome, StoredJob
 from omnirt_tasks.splitting import split
 from omnirt_tasks.uploads import UploadStorage
 from tests.support.files import files_in

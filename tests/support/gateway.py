@@ -33,7 +33,7 @@ from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.jobs.connection import connect as connect_redis
 from omnirt_tasks.jobs.fleet import RedisFleet
 from omnirt_tasks.jobs.redis import RedisJobStore
-from omnirt_tasks.jobs.store import Cancelled, Claim, EventDraft, Failed, Lease, Origin, Outcome, Succeeded
+from omnirt_tasks.jobs.values import Cancelled, Claim, EventDraft, Failed, Lease, Origin, Outcome, Succeeded
 from omnirt_tasks.settings import Settings, load_settings
 from tests.support.processes import Processes
 from workers.attempts import gateway_address

@@ -7,7 +7,7 @@ from itertools import count, pairwise
 from omnirt_tasks.contract import ALLOWED_MOVES, Event, EventName, JobState, Priority
 from omnirt_tasks.contract.job import PartCounts
 from omnirt_tasks.jobs.effects import NEXT_HIGHER, RANKS
-from omnirt_tasks.jobs.store import Checkpoint, Lease, Requeue, StoredJob
+from omnirt_tasks.jobs.values import Checkpoint, Lease, Requeue, StoredJob
 from tests.support.jobs import DEATHS_MAX, PICTURES_PER_PART, PROMOTE_AFTER_MS
 
 STATE_AFTER = {

@@ -12,7 +12,7 @@ from omnirt_tasks.jobs.connection import connect
 from omnirt_tasks.jobs.feed import RedisFeed
 from omnirt_tasks.jobs.fleet import RedisFleet
 from omnirt_tasks.jobs.redis import RedisJobStore
-from omnirt_tasks.jobs.store import WakeUp
+from omnirt_tasks.jobs.values import WakeUp
 from omnirt_tasks.jobs.watch import wait_finished
 from omnirt_tasks.registry import discover
 from omnirt_tasks.settings import Settings

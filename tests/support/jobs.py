@@ -24,13 +24,13 @@ from omnirt_tasks.contract import (
 )
 from omnirt_tasks.contract.base import JsonObject
 from omnirt_tasks.jobs.redis import RedisJobStore
-from omnirt_tasks.jobs.store import (
+from omnirt_tasks.jobs.store import JobStore
+from omnirt_tasks.jobs.subscription import EventFeed
+from omnirt_tasks.jobs.values import (
     Claim,
     EventDraft,
-    EventFeed,
     Failed,
     Idempotency,
-    JobStore,
     Lease,
     MustRunAlone,
     NewJob,

@@ -2,13 +2,8 @@
 
 from omnirt_tasks.contract import EventName, JobState
 from omnirt_tasks.contract.base import JsonObject
-from omnirt_tasks.jobs.store import (
-    JobStore,
-    Lease,
-    Outcome,
-    QueueDepth,
-    part_id,
-)
+from omnirt_tasks.jobs.store import JobStore
+from omnirt_tasks.jobs.values import Lease, Outcome, QueueDepth, part_id
 from tests.support.jobs import (
     LONG_MS,
     PICTURES_PER_PART,

@@ -21,7 +21,7 @@ from omnirt_tasks.contract.capability import ChunkMeasure
 from omnirt_tasks.errors import StoreUnavailable
 from omnirt_tasks.jobs.fleet import MemoryFleet
 from omnirt_tasks.jobs.memory import MemoryJobStore
-from omnirt_tasks.jobs.store import Claim, JobQuery, Succeeded, WakeUp
+from omnirt_tasks.jobs.values import Claim, JobQuery, Succeeded, WakeUp
 from omnirt_tasks.registry import discover
 from omnirt_tasks.routing import queues_served, worker_tags
 from omnirt_tasks.submission import Submission, Submitted

@@ -6,7 +6,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from omnirt_tasks.contract import EventName, JobState
-from omnirt_tasks.jobs.store import Claim, Requeue, StoredJob
+from omnirt_tasks.jobs.values import Claim, Requeue, StoredJob
 from omnirt_tasks.observability.metrics import CHUNK_SIZE, DeviceMetrics
 from tests.support.attempts import Bench
 from tests.support.waiting import eventually

@@ -8,7 +8,7 @@ import pytest
 from omnirt_tasks.artifacts import ArtifactStorage
 from omnirt_tasks.contract import EventName, JobState
 from omnirt_tasks.errors import StorageError, StoreUnavailable
-from omnirt_tasks.jobs.store import Checkpoint
+from omnirt_tasks.jobs.values import Checkpoint
 from tests.support.attempts import Bench
 from tests.support.waiting import eventually
 from workers.host import HostEvent, RunLost

@@ -9,7 +9,7 @@ import pytest
 
 from omnirt_tasks.contract import ErrorInfo, EventName, JobState
 from omnirt_tasks.errors import StorageError
-from omnirt_tasks.jobs.store import Requeue
+from omnirt_tasks.jobs.values import Requeue
 from tests.support.attempts import Bench
 from tests.support.waiting import eventually
 from workers.attempts.orders import Orders

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from omnirt_tasks.eta import SETTLED_S, Eta, Line, Served
-from omnirt_tasks.jobs.store import ServiceTime
+from omnirt_tasks.jobs.values import ServiceTime
 
 KEPT = 200
 JOBS = 2_000

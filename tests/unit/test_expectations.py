@@ -4,7 +4,7 @@ from collections import Counter
 
 from omnirt_tasks.contract import WorkerCapability
 from omnirt_tasks.jobs.memory import MemoryJobStore
-from omnirt_tasks.jobs.store import QueueDepth, ServiceTime, StoredJob
+from omnirt_tasks.jobs.values import QueueDepth, ServiceTime, StoredJob
 from tests.support.jobs import new_job
 from web.expectations import TOLD_ANEW_S, Expectations
 

@@ -18,7 +18,7 @@ from omnirt_tasks.contract import (
 )
 from omnirt_tasks.jobs.effects import accepted
 from omnirt_tasks.jobs.parts import STREAM_EVENTS_MAX, accepted_parts, error_of_part, joined, origins_of
-from omnirt_tasks.jobs.store import NewJob, Origin, PartOf, StoredJob
+from omnirt_tasks.jobs.values import NewJob, Origin, PartOf, StoredJob
 from tests.support.jobs import idempotency, new_job
 
 

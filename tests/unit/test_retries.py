@@ -3,7 +3,7 @@
 import pytest
 
 from omnirt_tasks.contract import ErrorInfo
-from omnirt_tasks.jobs.store import Requeue
+from omnirt_tasks.jobs.values import Requeue
 from workers.attempts.retries import LEFT_TO_OTHERS_S, Failure, RetryPolicy, requeue_after
 
 POLICY = RetryPolicy(retries_max=2, backoff_s=1.0)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from omnirt_tasks.contract import ExecutionMode, Inputs, ModelAbility, ResolvedRequest, Task, WorkerCapability
 from omnirt_tasks.contract.capability import ChunkMeasure
-from omnirt_tasks.jobs.store import NewPart
+from omnirt_tasks.jobs.values import NewPart
 from omnirt_tasks.registry.spec import SEED_MAX
 from omnirt_tasks.splitting import PICTURES_UNMEASURED, pictures_per_part, split
 

@@ -17,7 +17,7 @@ from omnirt_tasks.errors import (
     UploadNotFound,
     ValidationFailed,
 )
-from omnirt_tasks.jobs.store import QueueDepth, WakeUp
+from omnirt_tasks.jobs.values import QueueDepth, WakeUp
 from omnirt_tasks.routing import queues_served
 from omnirt_tasks.submission import request_again
 from omnirt_tasks.validation import parse_request

@@ -9,7 +9,7 @@ import pytest
 from omnirt_tasks.contract import JobState, Priority
 from omnirt_tasks.contract.capability import ChunkMeasure
 from omnirt_tasks.errors import OmnirtError
-from omnirt_tasks.jobs.store import StoredJob, WakeUp
+from omnirt_tasks.jobs.values import StoredJob, WakeUp
 from omnirt_tasks.submission import request_again
 from tests.support.submission import GIB, House, png
 

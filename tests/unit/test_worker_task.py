@@ -13,7 +13,7 @@ from omnirt_tasks.celery_app import make_app
 from omnirt_tasks.contract import ErrorInfo, Inputs, JobState, Priority, ResolvedRequest, Task
 from omnirt_tasks.errors import ModelFailed, StoreUnavailable
 from omnirt_tasks.jobs.memory import MemoryJobStore
-from omnirt_tasks.jobs.store import Cancelled, Claim, NewJob, PartOf, Requeue, StoredJob, WakeUp
+from omnirt_tasks.jobs.values import Cancelled, Claim, NewJob, PartOf, Requeue, StoredJob, WakeUp
 from omnirt_tasks.settings import load_settings
 from omnirt_tasks.tasks import GENERATE
 from workers.attempts.endings import AttemptEnd

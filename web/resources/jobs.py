@@ -8,7 +8,7 @@ from flask import Blueprint, Response
 from omnirt_tasks.contract import CancelOutcome, GenerateRequest, JobRecord, JobState, Problem, Task
 from omnirt_tasks.contract.base import Answer
 from omnirt_tasks.errors import JobNotFound, ModelNotFound, NotFound, StorageError, ValidationFailed
-from omnirt_tasks.jobs.store import JobQuery
+from omnirt_tasks.jobs.values import JobQuery
 from omnirt_tasks.submission import request_again
 from web.answers import json_answer, own_job, record_of
 from web.auth import current_owner

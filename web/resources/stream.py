@@ -20,7 +20,7 @@ from omnirt_tasks.errors import (
     Unauthorized,
     ValidationFailed,
 )
-from omnirt_tasks.jobs.store import EventSource, Subscription
+from omnirt_tasks.jobs.subscription import EventSource, Subscription
 from omnirt_tasks.jobs.watch import watch
 from omnirt_tasks.validation import parse_json
 from web.answers import own_job

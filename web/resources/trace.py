@@ -11,7 +11,7 @@ from pydantic import JsonValue
 from omnirt_tasks.contract import TERMINAL_EVENTS, Event, EventName, JobState, Task
 from omnirt_tasks.contract.base import Answer
 from omnirt_tasks.errors import JobNotFound
-from omnirt_tasks.jobs.store import StoredJob
+from omnirt_tasks.jobs.values import StoredJob
 from web.answers import json_answer, own_job
 from web.auth import current_owner
 from web.operations import documented

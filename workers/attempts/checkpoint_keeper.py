@@ -8,7 +8,8 @@ from pathlib import Path
 
 from omnirt_tasks.artifacts import ArtifactStorage
 from omnirt_tasks.errors import OmnirtError, StoreUnavailable
-from omnirt_tasks.jobs.store import Checkpoint, JobStore, StoredJob
+from omnirt_tasks.jobs.store import JobStore
+from omnirt_tasks.jobs.values import Checkpoint, StoredJob
 from workers.attempts.runs import MadeCheckpoint, Run
 from workers.host import HostEvent, RunOrder
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection
 
 from omnirt_tasks.contract import ExecutionMode, JobState
 from omnirt_tasks.errors import JobNotFound, JobTimeout, StoreUnavailable
-from omnirt_tasks.jobs.store import Claim, JobStore, MustRunAlone, Requeue, StoredJob
+from omnirt_tasks.jobs.store import JobStore
+from omnirt_tasks.jobs.values import Claim, MustRunAlone, Requeue, StoredJob
 from workers.attempts.endings import LEAVING, NO_ROOM, AttemptEnd
 from workers.attempts.gate import Gate, Place
 from workers.attempts.patience import Patience

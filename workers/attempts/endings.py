@@ -12,7 +12,8 @@ from pathlib import Path
 from omnirt_tasks.artifacts import ArtifactStorage
 from omnirt_tasks.contract import TERMINAL_STATES, ErrorInfo, JobState
 from omnirt_tasks.errors import Internal, JobNotFound, OmnirtError, StoreUnavailable
-from omnirt_tasks.jobs.store import Cancelled, Failed, JobStore, Origin, Outcome, Requeue, StoredJob, Succeeded
+from omnirt_tasks.jobs.store import JobStore
+from omnirt_tasks.jobs.values import Cancelled, Failed, Origin, Outcome, Requeue, StoredJob, Succeeded
 from workers.attempts.event_flusher import EventBuffer
 from workers.attempts.patience import Patience
 from workers.attempts.report import describe_outputs, make_result, own_events

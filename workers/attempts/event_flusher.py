@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from omnirt_tasks.contract import EventName
 from omnirt_tasks.errors import JobNotFound, StoreUnavailable
-from omnirt_tasks.jobs.store import EventDraft, JobStore, Lease
+from omnirt_tasks.jobs.store import JobStore
+from omnirt_tasks.jobs.values import EventDraft, Lease
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from omnirt_tasks.artifacts import ArtifactStorage
 from omnirt_tasks.contract import MEDIA_INPUTS
 from omnirt_tasks.errors import ArtifactNotFound, JobNotFound
-from omnirt_tasks.jobs.store import JobStore, Lease
+from omnirt_tasks.jobs.store import JobStore
+from omnirt_tasks.jobs.values import Lease
 from omnirt_tasks.uploads import UploadStorage
 from workers.attempts.checkpoint_keeper import CheckpointKeeper
 from workers.attempts.patience import Patience

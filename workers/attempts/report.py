@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omnirt_tasks.contract import Artifact, Backend, Event, EventName, GenerateResult, RunReport, TimelineEntry
 from omnirt_tasks.jobs.parts import STREAM_EVENTS_MAX
-from omnirt_tasks.jobs.store import Lease, StoredJob
+from omnirt_tasks.jobs.values import Lease, StoredJob
 from workers.host import OutputFile, RunFacts
 
 BYTES_PER_MB = 1024 * 1024

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from omnirt_tasks.contract import ErrorInfo
 from omnirt_tasks.errors import JobTimeout, OutOfMemory, error_from
-from omnirt_tasks.jobs.store import Requeue
+from omnirt_tasks.jobs.values import Requeue
 
 GROWTH = 4
 LEFT_TO_OTHERS_S = 15.0

@@ -15,7 +15,8 @@ from pathlib import Path
 from omnirt_tasks.artifacts import ArtifactStorage
 from omnirt_tasks.contract import EventName, ExecutionMode
 from omnirt_tasks.errors import OmnirtError, StoreUnavailable
-from omnirt_tasks.jobs.store import Claim, EventDraft, JobStore, Lease, Origin, StoredJob
+from omnirt_tasks.jobs.store import JobStore
+from omnirt_tasks.jobs.values import Claim, EventDraft, Lease, Origin, StoredJob
 from omnirt_tasks.observability.logs import bound
 from omnirt_tasks.observability.metrics import DeviceMetrics
 from omnirt_tasks.observability.tracing import Tracing

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from omnirt_tasks.contract import ErrorInfo
 from omnirt_tasks.errors import JobTimeout
-from omnirt_tasks.jobs.store import Claim
+from omnirt_tasks.jobs.values import Claim
 from workers.attempts.gate import Place
 from workers.host import InterruptReason, RunOutcome
 

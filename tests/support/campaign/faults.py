@@ -18,7 +18,7 @@ from celery import Celery
 from omnirt_tasks.celery_app import broker_prefix, make_app
 from omnirt_tasks.errors import StoreUnavailable
 from omnirt_tasks.jobs.connection import connect
-from omnirt_tasks.jobs.store import WakeUp, part_id
+from omnirt_tasks.jobs.values import WakeUp, part_id
 from omnirt_tasks.tasks import GENERATE, send_job
 from tests.support.campaign.cluster import Cluster, Member, processes_below
 from tests.support.campaign.plan import Fault
