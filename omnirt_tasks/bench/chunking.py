@@ -80,8 +80,9 @@ def measure(subject: Subject, rounds: int, jobs: int, torch_threads: int) -> Ite
         for done in range(1, rounds + 1):
             for name, way in ways.items():
                 throughput.setdefault(name, []).append(way())
-            for name, system in (("merged", merged), ("merging off", unmerged)):
-                alone[name] += [system.job_s() for _ in range(4)]
+            for _ in range(4):
+                for name, system in (("merged", merged), ("merging off", unmerged)):
+                    alone[name].append(system.job_s())
             yield done
         yield _throughput(subject, throughput, rounds, jobs, torch_threads)
         yield _details(subject, merged, alone, jobs)
