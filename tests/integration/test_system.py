@@ -60,10 +60,11 @@ def test_an_environment_of_its_own_has_nothing_of_another_installation(monkeypat
     monkeypatch.setenv("OMNIRT_API_KEY", "of another")
     monkeypatch.setenv("ELSE", "kept")
 
-    environment = hermetic_environment(allow_stub=True, data_dir=Path("/x"))
+    environment = hermetic_environment(allow_stub=True, data_dir=Path("/x"), model_folders={"shapes": "/y"})
 
     assert {name: value for name, value in environment.items() if name.startswith("OMNIRT_")} == {
         "OMNIRT_ALLOW_STUB": "True",
         "OMNIRT_DATA_DIR": "/x",
+        "OMNIRT_MODEL_FOLDERS": '{"shapes": "/y"}',
     }
     assert environment["ELSE"] == "kept"
