@@ -91,7 +91,7 @@ def measure(subject: Subject, rounds: int, pictures: int) -> Iterator[int | Tabl
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="omnirt-bench-")))
         seen: list[Forward] = []
         backend = driver(subject.backend, subject.device, subject.torch_threads)
-        weights = _weights(subject, spec, folder)
+        weights = _weights(subject, spec, folder, backend.torch_device)
         host = ThreadHost(
             backend=backend,
             models=[spec],
@@ -190,14 +190,14 @@ def _unheard(_event: object) -> None:
     """Nobody listens."""
 
 
-def _weights(subject: Subject, spec: ModelSpec, folder: Path) -> Path:
+def _weights(subject: Subject, spec: ModelSpec, folder: Path, device: str) -> Path:
     if subject.random_weights:
         make = SIZED.get(spec.id)
         if make is None:
             raise OperatorError(
                 f"Random weights of the size of {spec.id} are not known here.", f"Name {' or '.join(SIZED)}."
             )
-        make(_torch_device(subject)).save_pretrained(folder / "weights", safe_serialization=True)
+        make(device).save_pretrained(folder / "weights", safe_serialization=True)
         return folder / "weights"
     weights = subject.folder or spec.weights
     if weights is None:
@@ -205,12 +205,6 @@ def _weights(subject: Subject, spec: ModelSpec, folder: Path) -> Path:
             f"The model {spec.id!r} ships without weights.", "Name their folder with --folder, or ask for --random."
         )
     return weights
-
-
-def _torch_device(subject: Subject) -> str:
-    from workers.backends import driver
-
-    return driver(subject.backend, subject.device).torch_device
 
 
 def _draw(pipeline: Any, subject: Subject, chunk: int, pictures: int, folder: Path, seeds: Iterator[int]) -> None:

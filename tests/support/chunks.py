@@ -1,4 +1,4 @@
-"""Device calls of made-up runs, for tests of the line and the forwards: limits that are given, a joint that tells."""
+"""Device calls of made-up runs: limits that are given, a joint that tells, and a line with a clock that tests move."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -6,6 +6,7 @@ from typing import Any
 
 from workers.chunks.calls import ChunkKey, DeviceCall
 from workers.chunks.limits import MeasureKey
+from workers.chunks.line import Line, Waiting, WaitUntil
 from workers.chunks.members import Member
 
 STEP_S = 1.0
@@ -57,6 +58,38 @@ class TellingJoint:
 
     def whole(self, first: Any, second: Any) -> Any:
         return (*first, *second)
+
+
+class Story:
+    """A line with a clock: calls come, and are made."""
+
+    def __init__(self, limits: GivenLimits | None = None) -> None:
+        self.limits = limits or GivenLimits()
+        self.line = Line(self.limits)
+        self.now_s = 100.0
+        self.waited_s = 0.0
+
+    def comes(self, who: Member | None, key: str = "unet", *, rows: int = 1, denoises: bool = True) -> Waiting:
+        return self.comes_with(call(key, rows=rows), who, denoises=denoises)
+
+    def comes_with(self, it: DeviceCall, who: Member | None, *, denoises: bool = True) -> Waiting:
+        waiting = Waiting(it, who, self.now_s, denoises)
+        self.line.add(waiting)
+        return waiting
+
+    def next(self) -> tuple[Waiting, ...] | WaitUntil | None:
+        return self.line.next(self.now_s)
+
+    def makes(self, elapsed_s: float = STEP_S) -> list[Member | None]:
+        """Whose calls are made next, once nothing is waited for any more: as one, in order."""
+        while isinstance(decision := self.next(), WaitUntil):
+            self.waited_s += decision.time_s - self.now_s
+            self.now_s = decision.time_s
+        if decision is None:
+            return []
+        self.now_s += elapsed_s
+        self.line.made(decision, elapsed_s, self.now_s)
+        return [each.member for each in decision]
 
 
 def member(name: str = "model", **bounds: Any) -> Member:

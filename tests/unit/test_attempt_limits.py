@@ -92,6 +92,17 @@ def test_a_host_that_can_be_forced_is_and_the_worker_goes_on(make_bench: Callabl
     assert not bench.stuck
 
 
+def cancel_what_runs(bench: Bench) -> str:
+    """Begin a job, and cancel it; it has ended as cancelled, whatever its run does."""
+    job_id = bench.begun()
+    bench.store.cancel(job_id)
+    bench.runner.cancel(job_id)
+    ended = bench.end()
+    assert ended is not None
+    assert ended.record.state is JobState.CANCELLED
+    return job_id
+
+
 @pytest.mark.parametrize(("stuck_for_s", "forced"), [(60.0, 1), (None, 0)])
 def test_a_cancelled_run_ends_by_force_only_where_it_holds_the_device(
     make_bench: Callable[..., Bench], stuck_for_s: float | None, forced: int
@@ -99,14 +110,9 @@ def test_a_cancelled_run_ends_by_force_only_where_it_holds_the_device(
     bench = make_bench(stop_patience_s=0.1)
     bench.host.deaf = bench.host.can_be_forced = True
     bench.host.stuck_for_s = stuck_for_s
-    job_id = bench.begun()
-    bench.store.cancel(job_id)
 
-    bench.runner.cancel(job_id)
+    cancel_what_runs(bench)
 
-    ended = bench.end()
-    assert ended is not None
-    assert ended.record.state is JobState.CANCELLED
     assert len(bench.host.forced) == forced, "a model that loads harms nobody"
 
 
@@ -115,14 +121,9 @@ def test_a_cancelled_load_that_never_ends_is_told_once_no_run_may_last_so_long(
 ) -> None:
     bench = make_bench(job_timeout_s=0.5, stop_patience_s=0.05)
     bench.host.deaf = True
-    job_id = bench.begun()
-    bench.store.cancel(job_id)
 
-    bench.runner.cancel(job_id)
+    job_id = cancel_what_runs(bench)
 
-    ended = bench.end()
-    assert ended is not None
-    assert ended.record.state is JobState.CANCELLED
     eventually(lambda: bench.stuck)
     assert job_id in bench.stuck[0]
 

@@ -102,13 +102,13 @@ def choose(
         return Make(chunk)
     there = {each.member for each in line if each.key == head.key}
     late = _late(flight, chunk, there, limits)
-    joining = _joining(head, line, preparing)
     waits_until_s = max(head.since_s, flight.ended_s) + PATIENCE_SHARE * _expected_s(chunk, flight, late, limits)
-    would_join = joining if len(there) == len(chunk) and _has_room(chunk, 1, limits) else []
-    absent = _not_in(line, (*late, *would_join))
+    has_room = len(there) == len(chunk) and _has_room(chunk, 1, limits)
+    joining = [member for member in preparing if has_room and _may_join(member, head.member)]
+    absent = _not_in(line, (*late, *joining))
     if waits_until_s <= now_s:
         return Make(chunk, missed=absent)
-    prepares = (each for each in line if each.prepares and each.member in joining)
+    prepares = (each for each in line if each.prepares and _may_join(each.member, head.member))
     first = _first_of(late, head, line) or next(prepares, None)
     if first is not None:  # its member comes once this call of another key is made
         return Make(_chunk(first, line, limits))
@@ -163,16 +163,11 @@ def _late(flight: Flight, chunk: Sequence[Waiting], there: Collection[Member | N
     return [member for member in late if _has_room(chunk, flight.rows[member], limits)]
 
 
-def _joining(head: Waiting, line: Sequence[Waiting], preparing: Collection[Member]) -> list[Member]:
-    """Who prepares what the head's run does: of them a call waits, or one was made."""
-    assert head.member is not None, "its key has a flight, so it has a member"
-    alike = (head.member.model, head.member.shape)
-    members = [*preparing, *(each.member for each in line if each.member is not None and each.prepares)]
-    return [
-        member
-        for member in members
-        if (member.model, member.shape) == alike and member.misses < MISSES_MAX and not member.alone
-    ]
+def _may_join(member: Member | None, head: Member | None) -> bool:
+    """Whether one that prepares is to denoise what the head's run does, and was not waited for in vain too often."""
+    if member is None or head is None or member.alone or member.misses >= MISSES_MAX:
+        return False
+    return (member.model, member.shape) == (head.model, head.shape)
 
 
 def _expected_s(chunk: Sequence[Waiting], flight: Flight, late: Sequence[Member], limits: Limits) -> float:
