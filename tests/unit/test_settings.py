@@ -15,6 +15,8 @@ from omnirt_tasks.settings import load_settings
         ("OMNIRT_TAGS", '["a+b"]', "OMNIRT_TAGS.0"),
         ("OMNIRT_TAGS", '["a", "b", "c", "d", "e"]', "at most 4"),
         ("OMNIRT_QUEUE_LIMIT", "0", "OMNIRT_QUEUE_LIMIT"),
+        ("OMNIRT_MAX_BATCH_SIZE", "0", "greater than or equal to 1"),
+        ("OMNIRT_BATCH_WINDOW_MS", "-1", "greater than or equal to 0"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str, value: str, told: str) -> None:
